@@ -1,0 +1,77 @@
+"""CellConfig: everything that fixes the shapes of a cell's programs (a cell = one attention mesh + one expert mesh)."""
+
+import dataclasses
+from typing import Any
+
+from jmoe.config import ModelConfig
+from jmoe.sharding.mesh_config import MeshConfig
+from jmoe.sharding.placement import ExpertPlacement
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CellConfig:
+    """The model, the meshes and the sizes that programs are compiled for. No JAX.
+
+    Attributes:
+      model: the model's facts.
+      mesh: resolved (`MeshConfig.resolve`): nothing "auto", placement explicit.
+      rows: decode slots of one micro-batch of one attention replica [B].
+      chunk_len: prompt tokens of one request that one prefill micro-batch takes.
+      num_steps: decode steps of one call [K].
+      page_len: tokens of one KV page.
+      num_pages: KV pages of one attention replica, page 0 included (it takes writes of idle rows and is never read).
+      max_len: longest sequence, prompt and output together.
+      max_stop_ids: stop token ids a request may have, end-of-sequence ids included.
+      num_top_logprobs: top tokens whose log-probabilities the sampling programs return.
+    """
+
+    model: ModelConfig
+    mesh: MeshConfig
+    rows: int = 4
+    chunk_len: int = 64
+    num_steps: int = 4
+    page_len: int = 16
+    num_pages: int = 257
+    max_len: int = 1024
+    max_stop_ids: int = 8
+    num_top_logprobs: int = 20
+
+    def __post_init__(self):
+        for name in ("rows", "chunk_len", "num_steps", "page_len", "max_len"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"CellConfig.{name}: expected at least 1, got {value}")
+        if self.mesh.placement is None or "auto" in (self.mesh.directions, self.mesh.transport):
+            raise ValueError("CellConfig.mesh: expected a resolved MeshConfig, got one with 'auto'; call .resolve()")
+        if self.max_len > self.model.max_position:
+            raise ValueError(
+                f"CellConfig.max_len: expected at most {self.model.max_position} (the model's), got {self.max_len}"
+            )
+        if self.num_pages - 1 < self.max_pages:
+            raise ValueError(
+                f"CellConfig.num_pages: expected at least {self.max_pages + 1}, so that one sequence of max_len "
+                f"{self.max_len} fits beside the idle page, got {self.num_pages}"
+            )
+
+    @property
+    def max_pages(self) -> int:
+        """Pages of the longest sequence: the width of a page table row."""
+        return -(-self.max_len // self.page_len)
+
+    @property
+    def num_slots(self) -> int:
+        """Requests that can decode at once."""
+        return self.mesh.attention * self.mesh.num_micro_batches * self.rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for a worker's command stream."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "CellConfig":
+        """The inverse of `to_dict`, also after a trip through JSON or msgpack (tuples become lists there)."""
+        model = dict(data["model"])
+        model.update(dense_layers=tuple(model["dense_layers"]), eos_token_ids=tuple(model["eos_token_ids"]))
+        mesh = dict(data["mesh"])
+        mesh["placement"] = ExpertPlacement.of(mesh["placement"]["nodes"])
+        rest = {k: v for k, v in data.items() if k not in ("model", "mesh")}
+        return cls(model=ModelConfig(**model), mesh=MeshConfig(**mesh), **rest)

@@ -1,0 +1,1 @@
+"""Weights in and out: Hugging Face safetensors and orbax, role by role."""

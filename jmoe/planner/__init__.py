@@ -1,0 +1,1 @@
+"""Which deployment, how many GPUs of which kind, and what it will do. No JAX."""

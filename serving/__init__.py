@@ -1,0 +1,1 @@
+"""Who gets the next token, and when: scheduler, engine, executors, the front."""

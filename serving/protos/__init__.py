@@ -1,0 +1,1 @@
+"""The wire: jmoe.v1. Generated files; see the .proto for what the fields mean."""
