@@ -1,0 +1,115 @@
+"""Attention over a paged KV cache: write a call's keys and values, then attend, for decode and prefill chunks alike.
+
+One shape serves both phases: `rows` sequences with up to `chunk` new tokens each (decode: chunk = 1; prefill: one row).
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Implementation = Literal["xla", "reference"]
+MASKED = -1e30  # finite, so that a row with nothing to attend to yields numbers, not NaN
+
+
+def write_pages(
+    pages: jax.Array, new: jax.Array, page_table: jax.Array, start_pos: jax.Array, num_tokens: jax.Array
+) -> jax.Array:
+    """Writes new keys (or values) into their pages; tokens beyond `num_tokens` go to page 0, which nothing reads.
+
+    Args:
+      pages: `[P, page_len, G, H]`.
+      new: `[rows, chunk, G, H]`, the tokens at positions start_pos .. start_pos + num_tokens - 1.
+      page_table: `[rows, max_pages]` int32, page of each page_len positions.
+      start_pos, num_tokens: `[rows]` int32.
+
+    Returns:
+      The pages, updated.
+    """
+    num_pages, page_len = pages.shape[:2]
+    offset = jnp.arange(new.shape[1], dtype=jnp.int32)
+    position = start_pos[:, None] + offset  # [rows, chunk]
+    page = jnp.take_along_axis(page_table, jnp.minimum(position // page_len, page_table.shape[1] - 1), axis=1)
+    page = jnp.where(offset < num_tokens[:, None], page, 0)
+    flat = (page * page_len + position % page_len).reshape(-1)
+    cells = pages.reshape(num_pages * page_len, *pages.shape[2:])
+    cells = cells.at[flat].set(new.reshape(-1, *new.shape[2:]).astype(pages.dtype), mode="promise_in_bounds")
+    return cells.reshape(pages.shape)
+
+
+def paged_attention(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    start_pos: jax.Array,
+    *,
+    sliding_window: int | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v over the pages of each row's sequence, causal, grouped-query.
+
+    The token at position p sees positions 0..p (the last `sliding_window` of them, itself included). The pages must
+    already hold the new tokens (`write_pages`). Scores and the softmax are float32.
+
+    Args:
+      q: `[rows, chunk, Q, H]`; row r's token c stands at position start_pos[r] + c.
+      k_pages, v_pages: `[P, page_len, G, H]`, Q a multiple of G.
+      page_table: `[rows, max_pages]` int32.
+      start_pos: `[rows]` int32.
+      sliding_window: positions a token may see, or None for all.
+      implementation: "xla" (gathers each row's pages), "reference" (float32, one softmax a head), None for the best.
+
+    Returns:
+      `[rows, chunk, Q, H]` in q's dtype; rows that hold no token come out finite and meaningless.
+
+    Raises:
+      ValueError: shapes that don't belong together, or an unknown implementation.
+    """
+    if q.shape[2] % k_pages.shape[2] or q.shape[3] != k_pages.shape[3] or k_pages.shape != v_pages.shape:
+        raise ValueError(
+            f"paged_attention: expected q [rows, chunk, Q, H] and pages [P, page_len, G, H] with G dividing Q, "
+            f"got {q.shape}, {k_pages.shape} and {v_pages.shape}"
+        )
+    if implementation == "reference":
+        return _reference(q, k_pages, v_pages, page_table, start_pos, sliding_window)
+    if implementation not in (None, "xla"):
+        raise ValueError(f"paged_attention: expected implementation 'xla', 'reference' or None, got {implementation!r}")
+    rows, chunk, num_heads, head_dim = q.shape
+    num_kv_heads = k_pages.shape[2]
+    k = _rows_of(k_pages, page_table)  # [rows, S, G, H]
+    v = _rows_of(v_pages, page_table)
+    grouped = q.reshape(rows, chunk, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    scores = jnp.einsum("rcgqh,rsgh->rgqcs", grouped, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    visible = _visible(start_pos, chunk, k.shape[1], sliding_window)[:, None, None]
+    probs = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1).astype(v.dtype)
+    out = jnp.einsum("rgqcs,rsgh->rcgqh", probs, v, preferred_element_type=jnp.float32)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def _rows_of(pages: jax.Array, page_table: jax.Array) -> jax.Array:
+    """[P, page_len, G, H] -> [rows, max_pages * page_len, G, H]."""
+    gathered = pages.at[page_table].get(mode="promise_in_bounds")
+    return gathered.reshape(page_table.shape[0], -1, *pages.shape[2:])
+
+
+def _visible(start_pos: jax.Array, chunk: int, length: int, sliding_window: int | None) -> jax.Array:
+    """[rows, chunk, length] bool: which cached positions each new token sees."""
+    query = (start_pos[:, None] + jnp.arange(chunk, dtype=jnp.int32))[:, :, None]
+    key = jnp.arange(length, dtype=jnp.int32)
+    visible = key <= query
+    return visible if sliding_window is None else visible & (key > query - sliding_window)
+
+
+def _reference(q, k_pages, v_pages, page_table, start_pos, sliding_window):
+    """Float32 throughout, one query head at a time."""
+    group = q.shape[2] // k_pages.shape[2]
+    k, v = (_rows_of(p, page_table).astype(jnp.float32) for p in (k_pages, v_pages))
+    visible = _visible(start_pos, q.shape[1], k.shape[1], sliding_window)
+    heads = []
+    for head in range(q.shape[2]):
+        keys, values = k[:, :, head // group], v[:, :, head // group]
+        scores = q[:, :, head].astype(jnp.float32) @ keys.swapaxes(1, 2) / q.shape[3] ** 0.5
+        weights = jnp.exp(jnp.where(visible, scores, MASKED) - jnp.max(jnp.where(visible, scores, MASKED), -1, keepdims=True))
+        heads.append((weights / weights.sum(-1, keepdims=True)) @ values)
+    return jnp.stack(heads, axis=2).astype(q.dtype)
