@@ -1,6 +1,7 @@
 """ExpertPlacement: which expert node holds which experts, replicas included. No JAX."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -39,7 +40,7 @@ class ExpertPlacement:
                 f"{num_nodes} nodes; replicate experts with an explicit placement"
             )
         cuts = [num_experts * n // num_nodes for n in range(num_nodes + 1)]
-        return cls(tuple(tuple(range(a, b)) for a, b in zip(cuts, cuts[1:], strict=False)))
+        return cls(tuple(tuple(range(a, b)) for a, b in itertools.pairwise(cuts)))
 
     @classmethod
     def of(cls, nodes: Iterable[Sequence[int]]) -> "ExpertPlacement":

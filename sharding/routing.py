@@ -1,0 +1,94 @@
+"""Routing: which rows a replica sends to which node, and how the partial sums find their tokens again."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jmoe.sharding.placement import ExpertPlacement
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routes:
+    """One micro-batch of one replica, cut by node. A token goes to a node at most once.
+
+    Attributes:
+      order: `[N, capacity]` int32, the tokens sent to each node, in token order; garbage from `num_rows` on.
+      num_rows: `[N]` int32.
+      position: `[N, tokens]` int32, where in its node's rows a token stands; -1 where it was not sent.
+      local_idx: `[N, capacity, k]` int32, the node's local ids of the row's experts, -1 for choices elsewhere.
+      topk_weights: `[N, capacity, k]` float32.
+      num_dropped: int32, rows beyond the capacity.
+    """
+
+    order: jax.Array
+    num_rows: jax.Array
+    position: jax.Array
+    local_idx: jax.Array
+    topk_weights: jax.Array
+    num_dropped: jax.Array
+
+
+def route_rows(
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    valid: jax.Array,
+    spread: jax.Array,
+    placement: ExpertPlacement,
+    capacity: int,
+) -> Routes:
+    """Cuts a micro-batch's tokens by the nodes that hold their experts.
+
+    An expert with several replicas is taken from replica (spread mod replicas): with the token's position as `spread`
+    the choice depends on the token alone, not on its neighbours, and is balanced.
+
+    Args:
+      topk_idx, topk_weights: `[tokens, k]`.
+      valid: `[tokens]` bool; other tokens are not sent.
+      spread: `[tokens]` int32, not negative.
+      placement: experts by node.
+      capacity: rows that one node takes from this replica; tokens (never more are needed) is dropless.
+
+    Returns:
+      The routes.
+    """
+    node_table, local_table, num_replicas = (jnp.asarray(t) for t in placement.tables())
+    replica = spread[:, None] % num_replicas[topk_idx]
+    node = node_table[topk_idx, replica]  # [tokens, k]
+    local = local_table[topk_idx, replica]
+    nodes = jnp.arange(placement.num_nodes, dtype=jnp.int32)
+    here = (node[None] == nodes[:, None, None]) & valid[None, :, None]  # [N, tokens, k]
+    sent = here.any(axis=-1)
+    position = jnp.cumsum(sent, axis=1, dtype=jnp.int32) - 1
+    wanted = sent.sum(axis=1, dtype=jnp.int32)
+    position = jnp.where(sent & (position < capacity), position, -1)
+    # A stable sort of "not sent" lists the sent tokens first, in token order.
+    order = jnp.argsort(~sent, axis=1, stable=True)[:, :capacity].astype(jnp.int32)
+    local_idx = jnp.where(here, local[None], -1)
+    take = jax.vmap(lambda per_token, rows: per_token[rows])
+    return Routes(
+        order=order,
+        num_rows=jnp.minimum(wanted, capacity),
+        position=position,
+        local_idx=take(local_idx, order),
+        topk_weights=take(jnp.where(here, topk_weights[None], 0.0), order),
+        num_dropped=jnp.sum(jnp.maximum(wanted - capacity, 0)),
+    )
+
+
+def sum_partials(partials: jax.Array, position: jax.Array) -> jax.Array:
+    """Adds each token's partial sums, node by node in node order, so that arrival order can't matter.
+
+    Args:
+      partials: `[N, capacity, width]`, what each node returned, in the order in which the rows were sent.
+      position: `[N, tokens]` of the routes.
+
+    Returns:
+      `[tokens, width]` float32.
+    """
+    total = jnp.zeros((position.shape[1], partials.shape[2]), jnp.float32)
+    for node in range(partials.shape[0]):
+        rows = partials[node][jnp.maximum(position[node], 0)].astype(jnp.float32)
+        total = total + jnp.where(position[node][:, None] >= 0, rows, 0.0)
+    return total
