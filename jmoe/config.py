@@ -58,7 +58,8 @@ class ModelConfig:
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"ModelConfig.num_heads: expected a multiple of num_kv_heads ({self.num_kv_heads}), got {self.num_heads}"
+                f"ModelConfig.num_heads: expected a multiple of {self.num_kv_heads} (num_kv_heads), "
+                f"got {self.num_heads}"
             )
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
@@ -90,12 +91,18 @@ class ModelConfig:
             if not path.is_file():
                 raise FileNotFoundError(f"expected a Hugging Face checkpoint folder, got no {path}")
             hf = json.loads(path.read_text())
+            generation = path.with_name("generation_config.json")
+            if generation.is_file():  # chat models name more end tokens there, and `generate` obeys that file
+                hf |= {k: v for k, v in json.loads(generation.read_text()).items() if k == "eos_token_id"}
         family = hf.get("model_type")
         if family not in _READERS:
             raise ValueError(f"config.json model_type: expected one of {', '.join(FAMILIES)}, got {family!r}")
         if hf.get("quantization_config"):
-            raise ValueError("config.json quantization_config: expected unquantized weights, got a quantized checkpoint")
-        return _READERS[family](hf)
+            raise ValueError("config.json quantization_config: expected unquantized weights, got quantized ones")
+        try:
+            return _READERS[family](hf)
+        except KeyError as missing:
+            raise ValueError(f"config.json: expected the key {missing} of a {family} model, got none") from None
 
 
 def _shared(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,6 +125,9 @@ def _rope_theta(hf: Mapping[str, Any], default: float) -> float:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind != "default":
         raise ValueError(f"config.json rope_parameters: expected rope_type 'default', got {kind!r}")
+    partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1
+    if partial != 1:
+        raise ValueError(f"config.json partial_rotary_factor: expected 1 (rotary over whole heads), got {partial}")
     return float(rope.get("rope_theta") or hf.get("rope_theta") or default)
 
 
@@ -128,6 +138,7 @@ def _check_activation(name: str) -> None:
 
 def _mixtral(hf: Mapping[str, Any]) -> ModelConfig:
     _check_activation(hf.get("hidden_act", "silu"))
+    hf = {"bos_token_id": 1, "eos_token_id": 2} | dict(hf)  # MixtralConfig's defaults, which its files may leave out
     return ModelConfig(
         family="mixtral",
         hidden_size=hf["hidden_size"],
@@ -171,7 +182,7 @@ def _qwen3_moe(hf: Mapping[str, Any]) -> ModelConfig:
         rope_theta=_rope_theta(hf, 1e4),
         qk_norm=True,
         attention_bias=bool(hf.get("attention_bias", False)),
-        sliding_window=hf.get("sliding_window") if hf.get("use_sliding_window") else None,
+        sliding_window=hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None,
         max_position=hf.get("max_position_embeddings", 32768),
         **_shared(hf),
     )
@@ -181,6 +192,11 @@ def _dbrx(hf: Mapping[str, Any]) -> ModelConfig:
     attn, ffn = hf.get("attn_config") or {}, hf["ffn_config"]
     _check_activation((ffn.get("ffn_act_fn") or {}).get("name", "silu"))
     p_norm = ffn.get("moe_normalize_expert_weights", 1.0)
+    if hf.get("tie_word_embeddings"):
+        raise ValueError("config.json tie_word_embeddings: expected false (DBRX has a head of its own), got true")
+    # DBRX's own files keep the base in attn_config; transformers 5 adds a top-level default that it must not win over.
+    rope_theta = _rope_theta(hf, 1e4)
+    rope_theta = attn.get("rope_theta") or rope_theta
     if p_norm not in (None, 1, 1.0):
         raise ValueError(f"config.json moe_normalize_expert_weights: expected 1 or null, got {p_norm}")
     return ModelConfig(
@@ -196,7 +212,7 @@ def _dbrx(hf: Mapping[str, Any]) -> ModelConfig:
         renormalize_topk=p_norm is not None,
         norm="layer",
         norm_eps=1e-5,  # torch's LayerNorm default, which DBRX uses
-        rope_theta=float(attn.get("rope_theta") or _rope_theta(hf, 1e4)),
+        rope_theta=float(rope_theta),
         clip_qkv=attn.get("clip_qkv"),
         max_position=hf.get("max_seq_len", 2048),
         **_shared(hf),

@@ -1,1 +1,1 @@
-"""Weights in and out: Hugging Face safetensors and orbax, role by role."""
+"""Checkpoints: Hugging Face safetensors and orbax, role by role, and the demo model."""

@@ -1,0 +1,116 @@
+"""CheckpointReader: any slice of any parameter of a Hugging Face checkpoint, in our shapes, and nothing else of it."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+
+from jmoe.checkpoints.hf_names import name_maps
+from jmoe.checkpoints.layout import Piece
+from jmoe.checkpoints.safetensors_reader import TensorFiles
+from jmoe.config import ModelConfig
+
+Role = Literal["attention", "expert"]
+Index = tuple[slice, ...]
+
+
+class CheckpointReader:
+    """Reads parameters of one checkpoint folder, role by role, as `jmoe.models` names and shapes them.
+
+    A slice reads its own bytes only: one expert's matrices, one tensor rank's heads. Values are cast to the dtype of
+    `config`, whatever the files hold (float32, float16 or bfloat16).
+
+    Args:
+      folder: a Hugging Face checkpoint folder.
+      config: what the model should be; None reads the folder's `config.json`. Give one to read in another dtype.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a tensor is missing, or has another shape than `config` says (found when it is read).
+    """
+
+    def __init__(self, folder: str | pathlib.Path, config: ModelConfig | None = None):
+        self.config = config or ModelConfig.from_hf(folder)
+        self.files = TensorFiles(folder)
+        self._attention, self._experts = name_maps(self.config, self.files)
+        self._dtype = np.dtype(np.float32 if self.config.dtype == "float32" else ml_dtypes.bfloat16)
+
+    def shapes(self, role: Role) -> dict[str, tuple[int, ...]]:
+        """Whole shape of every parameter of a role, by path."""
+        if role == "attention":
+            return {path: piece.shape for path, piece in self._attention.items()}
+        return {path: (len(pieces), *pieces[0].shape) for path, pieces in self._experts.items()}
+
+    def read(self, role: Role, path: str, index: Index | None = None) -> np.ndarray:
+        """Reads a slice of one parameter.
+
+        Args:
+          role: "attention" or "expert".
+          path: "layers.3.q_proj" for example.
+          index: one slice (step 1) an axis of the whole parameter; None for all of it.
+
+        Returns:
+          A contiguous array of that slice, in the config's dtype.
+
+        Raises:
+          ValueError: an unknown path, a slice outside the shape, or a stored tensor that is missing or misshapen.
+        """
+        if role == "expert":
+            whole_shape = (len(self._expert_pieces(path)), *self._expert_pieces(path)[0].shape)
+            experts, *rest = _resolve(path, whole_shape, index)
+            return self._stack(path, range(experts.start, experts.stop), tuple(rest))
+        if path not in self._attention:
+            raise ValueError(f"expected a parameter of the attention half, got {path!r}")
+        piece = self._attention[path]
+        part = piece.read(self.files, _resolve(path, piece.shape, index))
+        return np.ascontiguousarray(part, self._dtype)
+
+    def read_experts(self, path: str, expert_ids: Sequence[int], mlp: slice | None = None) -> np.ndarray:
+        """Reads some experts' matrices, in the order given, as a node's placement lists them.
+
+        Args:
+          path: "layers.2.gate_proj" for example; the number counts MoE layers.
+          expert_ids: which experts.
+          mlp: the share of the F axis that one tensor rank holds; None for all of it.
+
+        Returns:
+          `[len(expert_ids), D, F']` for gate_proj and up_proj, `[len(expert_ids), F', D]` for down_proj.
+
+        Raises:
+          ValueError: as `read`, or an expert id that the model does not have.
+        """
+        pieces = self._expert_pieces(path)
+        for expert in expert_ids:
+            if not 0 <= expert < len(pieces):
+                raise ValueError(f"{path}: expected expert ids of 0 to {len(pieces) - 1}, got {expert}")
+        mlp = mlp or slice(None)
+        index = (mlp, slice(None)) if path.endswith("down_proj") else (slice(None), mlp)
+        return self._stack(path, expert_ids, _resolve(path, pieces[0].shape, index))
+
+    def _expert_pieces(self, path: str) -> tuple[Piece, ...]:
+        if path not in self._experts:
+            raise ValueError(f"expected a parameter of the expert half, got {path!r}")
+        return self._experts[path]
+
+    def _stack(self, path: str, expert_ids: Sequence[int], index: Index) -> np.ndarray:
+        # Filled expert by expert: the peak is the result plus one expert's slice.
+        stacked = np.empty((len(expert_ids), *(s.stop - s.start for s in index)), self._dtype)
+        for row, expert in enumerate(expert_ids):
+            stacked[row] = self._experts[path][expert].read(self.files, index)
+        return stacked
+
+
+def _resolve(path: str, shape: tuple[int, ...], index: Index | None) -> Index:
+    """Replaces None bounds and checks the rest; no clipping and no steps."""
+    index = index or (slice(None),) * len(shape)
+    if len(index) != len(shape):
+        raise ValueError(f"{path}: expected {len(shape)} slices (shape {shape}), got {len(index)}")
+    resolved = []
+    for part, size in zip(index, shape, strict=True):
+        start, stop = part.start or 0, size if part.stop is None else part.stop
+        if part.step not in (None, 1) or not 0 <= start <= stop <= size:
+            raise ValueError(f"{path}: expected slices of step 1 inside shape {shape}, got {index}")
+        resolved.append(slice(int(start), int(stop)))
+    return tuple(resolved)

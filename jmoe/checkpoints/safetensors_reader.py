@@ -1,0 +1,84 @@
+"""TensorFiles: the tensors of a Hugging Face checkpoint folder by name, read lazily and slice by slice."""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import safetensors
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class TensorFiles:
+    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
+
+    Files are memory-mapped at first use, so a read touches the pages of its own slice. Shard names must be bare file
+    names: an index file can't point outside its folder.
+
+    Args:
+      folder: the checkpoint folder.
+
+    Raises:
+      FileNotFoundError: neither file is there, or a shard is missing.
+      ValueError: an index or a safetensors file that can't be read, or an unsafe shard name.
+    """
+
+    def __init__(self, folder: str | pathlib.Path):
+        self.folder = pathlib.Path(folder)
+        self._files: dict[pathlib.Path, Any] = {}
+        index, single = self.folder / INDEX_FILE, self.folder / SINGLE_FILE
+        if index.is_file():
+            self._file_of = _read_index(index)
+        elif single.is_file():
+            self._file_of = dict.fromkeys(self._open(single).keys(), single)
+        else:
+            raise FileNotFoundError(f"expected {SINGLE_FILE} or {INDEX_FILE} in {self.folder}, got neither")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a stored tensor, from the file's header."""
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads part of one tensor: one slice of step 1 an axis, in the stored dtype (bfloat16 as ml_dtypes')."""
+        stored = self._slice(name)
+        try:
+            return stored[index] if index else stored[:]
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{self._file_of[name]}: reading {name}: {error}") from None
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise ValueError(f"{self.folder}: expected a tensor named {name}, got none")
+        handle = self._open(self._file_of[name])
+        try:
+            return handle.get_slice(name)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{self._file_of[name]}: expected a tensor named {name}: {error}") from None
+
+    def _open(self, path: pathlib.Path) -> Any:
+        if path not in self._files:
+            if not path.is_file():
+                raise FileNotFoundError(f"expected the shard {path} that {INDEX_FILE} names, got no such file")
+            try:
+                self._files[path] = safetensors.safe_open(path, "np").__enter__()
+            except safetensors.SafetensorError as error:
+                raise ValueError(f"{path}: expected a safetensors file: {error}") from None
+        return self._files[path]
+
+
+def _read_index(index: pathlib.Path) -> dict[str, pathlib.Path]:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        items = list(weight_map.items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: expected JSON with a weight_map object: {error!r}") from None
+    for name, file in items:
+        # A separator of either system, a drive or ".." could leave the folder; bare names can't.
+        if not isinstance(file, str) or not file.endswith(".safetensors") or set(file) & set("/\\:\0"):
+            raise ValueError(f"{index}: expected a bare *.safetensors file name for {name}, got {file!r}")
+    return {name: index.parent / file for name, file in items}

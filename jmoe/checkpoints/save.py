@@ -1,0 +1,130 @@
+"""save_hf: a model as a Hugging Face checkpoint folder, with the family's classic tensor names."""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from jmoe.checkpoints.hf_config import hf_config
+from jmoe.checkpoints.hf_names import name_maps
+from jmoe.checkpoints.layout import AttentionMap, ExpertMap
+from jmoe.checkpoints.safetensors_reader import INDEX_FILE, SINGLE_FILE
+from jmoe.config import ModelConfig
+
+# Which parts make up each stored tensor: name -> [(role, path, expert)], expert None in the attention half.
+_Parts = dict[str, list[tuple[str, str, int | None]]]
+
+
+def save_hf(
+    folder: str | pathlib.Path,
+    config: ModelConfig,
+    attention: Mapping[str, Any],
+    experts: Mapping[str, Any],
+    *,
+    max_shard_bytes: int = 1 << 30,
+) -> None:
+    """Writes `config.json` and safetensors shards; a shard holds tensors of one role only.
+
+    Host memory in use at a time: one shard, plus the one parameter being converted.
+
+    Args:
+      folder: made if need be; files of the same names are replaced.
+      config: the model's facts; its dtype is what is written.
+      attention, experts: every parameter by path (`Model.arrays_by_path()`), anything that numpy can convert.
+      max_shard_bytes: a shard is closed before it would pass this (a larger tensor gets a shard alone).
+
+    Raises:
+      ValueError: a parameter missing, unexpected, or of another shape than `config` says.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    maps = name_maps(config)
+    _check(maps, attention, experts)
+    writer = _Writer(config, maps, attention, experts)
+    (folder / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n")
+    shards = writer.plan(max_shard_bytes)
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: writer.tensor(name) for name in names}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": writer.total_bytes}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    stale = INDEX_FILE if len(shards) == 1 else SINGLE_FILE
+    (folder / stale).unlink(missing_ok=True)  # a reader would prefer a stale index to the new file
+
+
+class _Writer:
+    """Builds stored tensors one by one out of our parameters."""
+
+    def __init__(self, config: ModelConfig, maps: tuple[AttentionMap, ExpertMap], attention, experts):
+        self.maps, self.params = maps, (attention, experts)
+        self.dtype = np.dtype(np.float32 if config.dtype == "float32" else ml_dtypes.bfloat16)
+        self.parts: _Parts = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path, piece in maps[0].items():
+            self._add(piece, ("attention", path, None))
+        for path, pieces in maps[1].items():
+            for expert, piece in enumerate(pieces):
+                self._add(piece, ("expert", path, expert))
+        self._converted: tuple[str, np.ndarray] = ("", np.empty(0))
+
+    def _add(self, piece, part) -> None:
+        self.parts.setdefault(piece.name, []).append(part)
+        self.shapes[piece.name] = piece.stored
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self._num_bytes(name) for name in self.shapes)
+
+    def _num_bytes(self, name: str) -> int:
+        return math.prod(self.shapes[name]) * self.dtype.itemsize
+
+    def plan(self, max_shard_bytes: int) -> list[list[str]]:
+        """Tensor names of each shard, a new one also where the role changes."""
+        shards: list[list[str]] = []
+        size, last_role = 0, ""
+        for name, parts in self.parts.items():
+            num_bytes, role = self._num_bytes(name), parts[0][0]
+            if not shards or size + num_bytes > max_shard_bytes or role != last_role:
+                shards.append([])
+                size = 0
+            shards[-1].append(name)
+            size, last_role = size + num_bytes, role
+        return shards
+
+    def tensor(self, name: str) -> np.ndarray:
+        """One stored tensor, assembled of its parts."""
+        stored = np.empty(self.shapes[name], self.dtype)
+        for role, path, expert in self.parts[name]:
+            if expert is None:
+                self.maps[0][path].write(self._host(role, path), stored)
+            else:
+                self.maps[1][path][expert].write(self._host(role, path)[expert], stored)
+        return stored
+
+    def _host(self, role: str, path: str) -> np.ndarray:
+        # A layer's experts come one after another out of one parameter: convert it once.
+        key = f"{role}.{path}"
+        if self._converted[0] != key:
+            self._converted = key, np.asarray(self.params[role == "expert"][path]).astype(self.dtype, copy=False)
+        return self._converted[1]
+
+
+def _check(maps: tuple[AttentionMap, ExpertMap], attention: Mapping[str, Any], experts: Mapping[str, Any]) -> None:
+    shapes = {path: piece.shape for path, piece in maps[0].items()}
+    expert_shapes = {path: (len(pieces), *pieces[0].shape) for path, pieces in maps[1].items()}
+    for role, expected, got in (("attention", shapes, attention), ("expert", expert_shapes, experts)):
+        if missing := expected.keys() - got.keys():
+            raise ValueError(f"save_hf: expected the {role} half to have {sorted(missing)[0]}, got no such parameter")
+        if extra := got.keys() - expected.keys():
+            raise ValueError(f"save_hf: got {sorted(extra)[0]} in the {role} half, which the config does not have")
+        for path, shape in expected.items():
+            if tuple(got[path].shape) != shape:
+                raise ValueError(f"save_hf: {path}: expected shape {shape}, got {tuple(got[path].shape)}")
