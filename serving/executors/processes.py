@@ -1,0 +1,197 @@
+"""ProcessesExecutor: worker processes, each tracing only its role's program, driven from a parent without JAX."""
+
+import os
+import pathlib
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from jmoe.cell_config import CellConfig
+from jmoe.serving.deadlines import Deadlines
+from jmoe.serving.errors import CellFailedError
+from jmoe.serving.executors.protocol import ProgramKey
+from jmoe.serving.supervisor import Supervisor
+from jmoe.serving.worker_process import DEFAULT_COMMAND
+from jmoe.serving.worker_start import TOKEN_VARIABLE, WorkerPlace, WorkerStart, split_address
+from jmoe.sharding.mesh_config import MeshConfig
+from jmoe.step_inputs import StepInputs, StepLayout, StepOutputs
+
+
+class ProcessesExecutor:
+    """Starts the workers of one cell, has them load a checkpoint, and runs calls through them.
+
+    Args:
+      cell: what the programs are compiled for.
+      checkpoint: a Hugging Face checkpoint folder; each worker reads its own role's part, at the same path.
+      platform: "cpu" (virtual devices, gloo) or "gpu" (NCCL).
+      processes_per: one worker per "role" or per "device".
+      addresses: HOST:PORT of workers that listen (`--listen`), attention first; empty for children of this process.
+        They follow one another on the joint axis; on a host with several, each takes the next GPUs.
+      token: the secret that listening workers share; None for the environment's JMOE_WORKER_TOKEN, or for a fresh one
+        with children.
+      deadlines: how long each thing may take.
+      progress: gets a line now and then while workers start and load.
+      log_dir: keeps each child's output there.
+      worker_command: what starts a child.
+
+    Raises:
+      ValueError: another number of addresses than workers, or a checkpoint that does not fit.
+      CellFailedError: workers that do not come up.
+    """
+
+    def __init__(
+        self,
+        cell: CellConfig,
+        checkpoint: str | os.PathLike[str],
+        *,
+        platform: Literal["cpu", "gpu"] = "cpu",
+        processes_per: Literal["role", "device"] = "role",
+        addresses: Sequence[str] = (),
+        token: str | None = None,
+        deadlines: Deadlines | None = None,
+        progress: Callable[[str], None] | None = None,
+        log_dir: str | os.PathLike[str] | None = None,
+        worker_command: Sequence[str] = DEFAULT_COMMAND,
+    ):
+        self.cell = cell
+        self._deadlines = deadlines or Deadlines()
+        self._compiled: set[ProgramKey] = set()
+        self._places = worker_places(cell.mesh, processes_per, platform, addresses)
+        token = token or (os.environ.get(TOKEN_VARIABLE, "") if addresses else secrets.token_hex(32))
+        start = WorkerStart(token, tuple(worker_command), pathlib.Path(log_dir) if log_dir else None)
+        self._supervisor = Supervisor(self._places, start, self._deadlines)
+        report = progress or (lambda line: None)
+        try:
+            report(f"starting {len(self._places)} workers")
+            hellos = self._supervisor.start()
+            self._supervisor.call("init", self._init_payloads(platform, hellos), self._deadlines.init_s)
+            path = str(pathlib.Path(checkpoint).absolute())
+            self._supervisor.call("load", self._same({"path": path}), self._deadlines.load_s, report)
+        except BaseException:
+            self._supervisor.close()
+            raise
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers, attention first (on their own hosts)."""
+        return self._supervisor.pids
+
+    def compile(self, keys: Sequence[ProgramKey], progress: Callable[[str], None]) -> None:
+        """Compiles programs ahead of their first use; `progress` gets a line for each."""
+        for key in keys:
+            if key not in self._compiled:
+                progress(f"compiling {key.kind} ({'sampling' if key.sampling else 'greedy'})")
+                self._supervisor.call("compile", self._same({"key": list(key)}), self._deadlines.compile_s, progress)
+                self._compiled.add(key)
+
+    def run(self, key: ProgramKey, inputs: StepInputs) -> StepOutputs:
+        """Runs one prefill chunk or num_steps decode steps, compiling the program first if need be."""
+        self.compile([key], lambda line: None)
+        expert = {"key": list(key)}
+        attention = {**expert, "inputs": inputs.array}
+        payloads = [attention if place.role == "attention" else expert for place in self._places]
+        replies = self._supervisor.call("run", payloads, self._deadlines.step_s)
+        try:
+            return _join_outputs(self.cell, key, replies)
+        except (ValueError, KeyError, TypeError) as e:
+            self._supervisor.fail(CellFailedError(f"run: an answer that does not fit the cell: {e}"))
+
+    def check(self) -> None:
+        """Raises if the cell is known to have failed; called while the engine is idle."""
+        self._supervisor.check()
+
+    def close(self) -> None:
+        """Ends the workers; safe to call twice, after a failure, and during a call, which then fails."""
+        self._supervisor.close()
+
+    def _same(self, payload: dict[str, Any]) -> list[dict[str, Any]]:
+        return [payload] * len(self._places)
+
+    def _init_payloads(self, platform: str, hellos: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The `init` arguments; the coordinator stands with worker 0, on loopback unless workers are on other hosts."""
+        first = self._places[0]
+        host = first.address[0] if first.address else "127.0.0.1"
+        coordinator = f"[{host}]:{hellos[0]['spare_port']}" if ":" in host else f"{host}:{hellos[0]['spare_port']}"
+        shared = {
+            "cell": self.cell.to_dict(),
+            "platform": platform,
+            "num_processes": len(self._places),
+            "coordinator": coordinator,
+            "timeout_s": self._deadlines.init_s,
+        }
+        return [
+            {
+                **shared,
+                "role": place.role,
+                "process_id": place.index,
+                "num_devices": place.num_devices,
+                "local_device_ids": list(place.local_device_ids) if place.local_device_ids else None,
+            }
+            for place in self._places
+        ]
+
+
+def worker_places(
+    mesh: MeshConfig,
+    processes_per: Literal["role", "device"],
+    platform: Literal["cpu", "gpu"],
+    addresses: Sequence[str] = (),
+) -> list[WorkerPlace]:
+    """Divides a mesh among workers, in the order of the joint axis: attention first.
+
+    Raises:
+      ValueError: an unknown `processes_per` or `platform`, or another number of addresses than workers.
+    """
+    if processes_per not in ("role", "device"):
+        raise ValueError(f"processes_per: expected 'role' or 'device', got {processes_per!r}")
+    if platform not in ("cpu", "gpu"):
+        raise ValueError(f"platform: expected 'cpu' or 'gpu', got {platform!r}")
+    by_role = [("attention", mesh.num_attention_devices), ("expert", mesh.num_expert_devices)]
+    parts = by_role if processes_per == "role" else [(role, 1) for role, count in by_role for _ in range(count)]
+    if addresses and len(addresses) != len(parts):
+        raise ValueError(
+            f"worker addresses: expected {len(parts)} (one a {processes_per}: {mesh.num_attention_devices} attention "
+            f"and {mesh.num_expert_devices} expert devices), got {len(addresses)}"
+        )
+    places, used = [], {}
+    for index, (role, num_devices) in enumerate(parts):
+        address = split_address(addresses[index]) if addresses else None
+        first = used.get(address and address[0], 0)
+        used[address and address[0]] = first + num_devices
+        local_ids = tuple(range(first, first + num_devices)) if platform == "gpu" else None
+        places.append(WorkerPlace(index, role, num_devices, local_ids, address))
+    return places
+
+
+def _join_outputs(cell: CellConfig, key: ProgramKey, replies: Sequence[Any]) -> StepOutputs:
+    """Puts the replicas of all attention workers side by side; ValueError if one is missing, double or misshapen."""
+    mesh = cell.mesh
+    num_steps = cell.num_steps if key.kind == "decode" else 1
+    shape = (num_steps, mesh.attention, mesh.num_micro_batches, StepLayout.of(cell, key.kind).num_rows)
+    wanted: dict[str, tuple[tuple[int, ...], type]] = {"tokens": (shape, np.int32)}
+    if key.sampling:
+        top = (*shape, cell.num_top_logprobs)
+        wanted |= {"logprobs": (shape, np.float32), "top_ids": (top, np.int32), "top_logprobs": (top, np.float32)}
+    joined = {name: np.empty(full, dtype) for name, (full, dtype) in wanted.items()}
+    seen: list[int] = []
+    dropped_rows = 0
+    for reply in replies:
+        if not reply:
+            continue
+        dropped_rows += int(reply.get("dropped_rows", 0))
+        if "replicas" not in reply:
+            continue
+        replicas = [int(replica) for replica in reply["replicas"]]
+        seen += replicas
+        if not set(replicas) <= set(range(mesh.attention)):
+            raise ValueError(f"replicas: expected some of 0 to {mesh.attention - 1}, got {replicas}")
+        for name, full in joined.items():
+            part, expected = reply[name], (num_steps, len(replicas), *full.shape[2:])
+            if part.shape != expected or part.dtype != full.dtype:
+                raise ValueError(f"{name}: expected {full.dtype}{list(expected)}, got {part.dtype}{list(part.shape)}")
+            full[:, replicas] = part
+    if sorted(seen) != list(range(mesh.attention)):
+        raise ValueError(f"replicas: expected 0 to {mesh.attention - 1} once each, got {sorted(seen)}")
+    return StepOutputs(**joined, dropped_rows=dropped_rows)
