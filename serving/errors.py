@@ -1,8 +1,16 @@
 """Typed errors: what a caller can catch, and which gRPC status each becomes. No JAX."""
 
+from jmoe.errors import CellFailedError, JmoeError, SequenceMismatchError
 
-class JmoeError(RuntimeError):
-    """Root of the errors that serving raises (bad input is a plain ValueError)."""
+__all__ = [
+    "CellFailedError",
+    "EngineClosedError",
+    "JmoeError",
+    "QueueFullError",
+    "SequenceMismatchError",
+    "StepTimeoutError",
+    "WorkerDiedError",
+]
 
 
 class QueueFullError(JmoeError):
@@ -13,17 +21,9 @@ class EngineClosedError(JmoeError):
     """The engine is draining or closed and takes no request (UNAVAILABLE)."""
 
 
-class CellFailedError(JmoeError):
-    """The cell can't go on; every running request ends with this (UNAVAILABLE)."""
-
-
 class WorkerDiedError(CellFailedError):
     """A worker process ended by itself or was killed."""
 
 
 class StepTimeoutError(CellFailedError):
     """A command was not answered within its deadline."""
-
-
-class SequenceMismatchError(CellFailedError):
-    """An exchange carried a sequence number other than the receiver's: the two role programs are out of step."""

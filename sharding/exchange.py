@@ -39,6 +39,26 @@ class Chain:
         return cls(sequence, jnp.full((2,), -1, jnp.int32), jnp.asarray(order, jnp.float32))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Box:
+    """What a device puts in for its partners, or gets out, by round. Combines carry `hidden` and `num_rows` alone.
+
+    Attributes:
+      hidden: `[rounds, capacity, width]`, one slice of each row's hidden vector.
+      topk_weights: `[rounds, capacity, k]` float32.
+      local_idx: `[rounds, capacity, k]` int32, the receiving node's experts, -1 where the choice is elsewhere.
+      slot: `[rounds, capacity]` int32, the row's token within the sender's micro-batch.
+      num_rows: `[rounds]` int32.
+    """
+
+    hidden: jax.Array
+    topk_weights: jax.Array
+    local_idx: jax.Array
+    slot: jax.Array
+    num_rows: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Exchange:
     """The `ppermute` transport: one permute a round, both directions in one permute where asked.
@@ -67,38 +87,37 @@ class Exchange:
         width = hidden_size // rounds.num_slices
         return cls(mesh, MessageFormat(capacity, width, num_experts_per_tok, jnp.dtype(dtype)), rounds)
 
-    def box_shapes(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """What a device puts in for its partners, or gets out: hidden, metadata, row counts, each by round."""
+    def empty_box(self) -> Box:
+        """A box with nothing in it."""
         f, r = self.format, self.rounds.num_rounds
-        return (
-            jax.ShapeDtypeStruct((r, f.capacity, f.width), f.dtype),
-            jax.ShapeDtypeStruct((r, f.metadata_words), jnp.uint32),
-            jax.ShapeDtypeStruct((r,), jnp.int32),
+        return Box(
+            hidden=jnp.zeros((r, f.capacity, f.width), f.dtype),
+            topk_weights=jnp.zeros((r, f.capacity, f.num_experts_per_tok), jnp.float32),
+            local_idx=jnp.zeros((r, f.capacity, f.num_experts_per_tok), jnp.int32),
+            slot=jnp.zeros((r, f.capacity), jnp.int32),
+            num_rows=jnp.zeros((r,), jnp.int32),
         )
 
-    def empty_box(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """A box with nothing in it."""
-        hidden, metadata, num_rows = (jnp.zeros(s.shape, s.dtype) for s in self.box_shapes())
-        return hidden, metadata, num_rows
-
-    def __call__(self, box, chain: Chain, *, dispatch: bool, combine: bool):
+    def __call__(self, box: Box, chain: Chain, *, dispatch: bool, combine: bool) -> tuple[Box, Chain]:
         """Swaps boxes with the partners of every round.
 
-        Differentiable in the hidden part: the gradient of a dispatch is a combine, and the reverse. Thread
+        Differentiable in `hidden` and `topk_weights`: the gradient of a dispatch is a combine, and the reverse. Thread
         `chain.order` through both roles' programs as a float input and output, and give its output a zero cotangent:
         the backward exchanges then form a chain of their own.
 
         Args:
-          box: (hidden `[rounds, capacity, width]`, metadata `[rounds, words]` uint32, num_rows `[rounds]` int32).
+          box: what this device sends.
           chain: from the exchange before.
-          dispatch: attention devices send. combine: expert devices send (hidden and num_rows only).
+          dispatch: attention devices send. combine: expert devices send.
 
         Returns:
           The box that arrived (zeros from no one), and the chain for the next exchange.
         """
-        hidden, metadata, num_rows = box
-        got, order = _swap(self, dispatch, combine, hidden, metadata, num_rows, chain.sequence, chain.order)
-        hidden, metadata, num_rows, sequences = got
+        floats, ints, order = _swap(
+            self, dispatch, combine, (box.hidden, box.topk_weights, chain.order),
+            (box.local_idx, box.slot, box.num_rows, chain.sequence),
+        )  # fmt: skip
+        local_idx, slot, num_rows, sequences = ints
         scheduled = self._receives(dispatch, combine)
         expected = chain.sequence
         wrong = scheduled & (sequences != expected)
@@ -106,7 +125,7 @@ class Exchange:
         fault = jnp.where((chain.fault[0] < 0) & wrong.any(), bad, chain.fault)
         arrived = jnp.max(jnp.where(scheduled, sequences, -1))
         sequence = (jnp.where(scheduled.any(), arrived, expected) + 1) & SEQUENCE_MASK
-        return (hidden, metadata, num_rows), Chain(sequence, fault, order)
+        return Box(*floats, local_idx, slot, num_rows), Chain(sequence, fault, order)
 
     def _receives(self, dispatch: bool, combine: bool) -> jax.Array:
         """[rounds] bool: rounds in which this device gets a message."""
@@ -115,8 +134,8 @@ class Exchange:
         table = table & np.where(attention, combine, dispatch)[:, None]
         return jnp.asarray(table)[jax.lax.axis_index(AXIS)]
 
-    def _permute(self, words: jax.Array, dispatch: bool, combine: bool) -> jax.Array:
-        """One permute a round: [rounds, words] -> [rounds, words]."""
+    def permute(self, words: jax.Array, dispatch: bool, combine: bool) -> jax.Array:
+        """One permute a round: `[rounds, words]` -> `[rounds, words]`."""
         received = []
         for r, pairs in enumerate(self.rounds.pairs):
             outward = list(pairs) if dispatch else []
@@ -126,39 +145,46 @@ class Exchange:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _swap(exchange: Exchange, dispatch: bool, combine: bool, hidden, metadata, num_rows, sequence, order):
-    """Packs, permutes, unpacks. Returns ((hidden, metadata, num_rows, sequences), order)."""
+def _swap(exchange: Exchange, dispatch: bool, combine: bool, floats, ints):
+    """Packs, permutes, unpacks: ((hidden, weights, order), (ids, slot, rows, sequence)) -> what arrived."""
+    (hidden, topk_weights, order), (local_idx, slot, num_rows, sequence) = floats, ints
     form, rounds = exchange.format, exchange.rounds.num_rounds
-    header = jnp.stack([jnp.full((rounds,), sequence), num_rows], axis=1).astype(jnp.int32)
+    header = jnp.stack([jnp.full((rounds,), sequence, jnp.int32), num_rows], axis=1)
     parts = [jax.lax.bitcast_convert_type(header, jnp.uint32), form.pack_hidden(hidden)]
     if dispatch:
-        parts.append(metadata)
-    words = exchange._permute(jnp.concatenate(parts, axis=1), dispatch, combine)
-    header = jax.lax.bitcast_convert_type(words[:, :HEADER_WORDS], jnp.int32)
-    hidden = form.unpack_hidden(words[:, HEADER_WORDS : HEADER_WORDS + form.hidden_words])
-    metadata = words[:, HEADER_WORDS + form.hidden_words :] if dispatch else jnp.zeros_like(metadata)
-    return (hidden, metadata, header[:, 1], header[:, 0]), order
+        parts += [form.pack_weights(topk_weights), form.pack_ids(slot, local_idx)]
+    words = exchange.permute(jnp.concatenate(parts, axis=1), dispatch, combine)
+    cuts = np.cumsum([HEADER_WORDS, form.hidden_words, form.weight_words]).tolist()
+    header, hidden_words, weight_words, id_words = jnp.split(words, cuts, axis=1)
+    header = jax.lax.bitcast_convert_type(header, jnp.int32)
+    if dispatch:
+        topk_weights = form.unpack_weights(weight_words)
+        slot, local_idx = form.unpack_ids(id_words)
+    else:
+        topk_weights, slot, local_idx = (jnp.zeros_like(a) for a in (topk_weights, slot, local_idx))
+    floats = (form.unpack_hidden(hidden_words), topk_weights)
+    return floats, (local_idx, slot, header[:, 1], header[:, 0]), order
 
 
-def _swap_forward(exchange, dispatch, combine, hidden, metadata, num_rows, sequence, order):
-    return _swap(exchange, dispatch, combine, hidden, metadata, num_rows, sequence, order), None
+def _swap_forward(exchange, dispatch, combine, floats, ints):
+    return _swap(exchange, dispatch, combine, floats, ints), tuple(a.shape for a in ints)
 
 
-def _swap_backward(exchange, dispatch, combine, _, cotangents):
-    """The permutation turned round: what arrived forward goes back, its sender gets the gradient.
+def _swap_backward(exchange, dispatch, combine, int_shapes, cotangents):
+    """The permutation turned round: what arrived forward goes back, and its sender gets the gradient.
 
     The order's cotangent is sent in the header and taken from what arrives, so backward exchanges chain as well.
     """
-    (hidden, _, _, _), order = cotangents
+    (hidden, topk_weights), _, order = cotangents
     form, rounds = exchange.format, exchange.rounds.num_rounds
     header = jax.lax.bitcast_convert_type(jnp.full((rounds, HEADER_WORDS), order, jnp.float32), jnp.uint32)
-    words = jnp.concatenate([header, form.pack_hidden(hidden.astype(form.dtype))], axis=1)
-    words = exchange._permute(words, dispatch=combine, combine=dispatch)
+    parts = [header, form.pack_hidden(hidden)] + ([form.pack_weights(topk_weights)] if dispatch else [])
+    words = exchange.permute(jnp.concatenate(parts, axis=1), dispatch=combine, combine=dispatch)
     arrived = jax.lax.bitcast_convert_type(words[:, 0], jnp.float32)
-    none = functools.partial(np.zeros, dtype=jax.dtypes.float0)
-    _, metadata, num_rows = (none(s.shape) for s in exchange.box_shapes())
-    hidden = form.unpack_hidden(words[:, HEADER_WORDS:])
-    return hidden, metadata, num_rows, none(()), order + jnp.max(arrived)
+    cut = HEADER_WORDS + form.hidden_words
+    weights = form.unpack_weights(words[:, cut:]) if dispatch else jnp.zeros_like(topk_weights)
+    floats = (form.unpack_hidden(words[:, HEADER_WORDS:cut]), weights, order + jnp.max(arrived))
+    return floats, tuple(np.zeros(shape, jax.dtypes.float0) for shape in int_shapes)
 
 
 _swap.defvjp(_swap_forward, _swap_backward)

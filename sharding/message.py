@@ -27,12 +27,12 @@ class MessageFormat:
         return math.ceil(self.capacity * self.width * self.dtype.itemsize / 4)
 
     @property
-    def metadata_words(self) -> int:
-        return self.capacity * (1 + 2 * self.num_experts_per_tok)
+    def weight_words(self) -> int:
+        return self.capacity * self.num_experts_per_tok
 
     @property
     def dispatch_words(self) -> int:
-        return HEADER_WORDS + self.hidden_words + self.metadata_words
+        return HEADER_WORDS + self.hidden_words + 2 * self.weight_words + self.capacity
 
     @property
     def combine_words(self) -> int:
@@ -59,18 +59,23 @@ class MessageFormat:
         flat = flat.reshape(*words.shape[:-1], -1)[..., : self.capacity * self.width]
         return flat.reshape(*words.shape[:-1], self.capacity, self.width)
 
-    def pack_metadata(self, slot: jax.Array, local_idx: jax.Array, topk_weights: jax.Array) -> jax.Array:
-        """`[..., capacity]`, `[..., capacity, k]` twice -> `[..., metadata_words]` uint32."""
-        lead = slot.shape[:-1]
-        parts = (slot.astype(jnp.int32), local_idx.astype(jnp.int32), topk_weights.astype(jnp.float32))
-        return jnp.concatenate(
-            [jax.lax.bitcast_convert_type(p, jnp.uint32).reshape(*lead, -1) for p in parts], axis=-1
-        )
+    def pack_weights(self, topk_weights: jax.Array) -> jax.Array:
+        """`[..., capacity, k]` float32 -> `[..., capacity * k]` uint32."""
+        words = jax.lax.bitcast_convert_type(topk_weights.astype(jnp.float32), jnp.uint32)
+        return words.reshape(*words.shape[:-2], -1)
 
-    def unpack_metadata(self, words: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The inverse of `pack_metadata`: (slot, local_idx, topk_weights)."""
-        lead, k, c = words.shape[:-1], self.num_experts_per_tok, self.capacity
-        slot, ids, weights = jnp.split(words, [c, c + c * k], axis=-1)
-        as_int = jax.lax.bitcast_convert_type(ids, jnp.int32).reshape(*lead, c, k)
-        as_float = jax.lax.bitcast_convert_type(weights, jnp.float32).reshape(*lead, c, k)
-        return jax.lax.bitcast_convert_type(slot, jnp.int32), as_int, as_float
+    def unpack_weights(self, words: jax.Array) -> jax.Array:
+        """The inverse of `pack_weights`."""
+        shape = (*words.shape[:-1], self.capacity, self.num_experts_per_tok)
+        return jax.lax.bitcast_convert_type(words, jnp.float32).reshape(shape)
+
+    def pack_ids(self, slot: jax.Array, local_idx: jax.Array) -> jax.Array:
+        """`[..., capacity]` and `[..., capacity, k]` int32 -> `[..., capacity * (1 + k)]` uint32."""
+        ids = jnp.concatenate([slot, local_idx.reshape(*slot.shape[:-1], -1)], axis=-1)
+        return jax.lax.bitcast_convert_type(ids, jnp.uint32)
+
+    def unpack_ids(self, words: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The inverse of `pack_ids`."""
+        ids = jax.lax.bitcast_convert_type(words, jnp.int32)
+        slot, local_idx = ids[..., : self.capacity], ids[..., self.capacity :]
+        return slot, local_idx.reshape(*slot.shape, self.num_experts_per_tok)

@@ -1,0 +1,183 @@
+"""CellRuntime: a cell's programs, weights and state on the devices that this process holds. Both executors use it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jmoe.cell_config import CellConfig
+from jmoe.decode_loop import CellProgram, DeviceState, Role
+from jmoe.device_params import DeviceParams, ParamSource
+from jmoe.errors import SequenceMismatchError
+from jmoe.sampling import TokenCounts
+from jmoe.sharding.mesh_config import AXIS
+from jmoe.sharding.meshes import from_shards, joint_mesh, local_devices
+from jmoe.sharding.partition import tensor_share
+from jmoe.step_inputs import StepLayout
+
+Key: TypeAlias = tuple[Literal["prefill", "decode"], bool]  # (kind, sampling)
+
+
+class CellRuntime:
+    """Holds one role's share of a cell, or with role "inline" both roles on the devices of one process.
+
+    Args:
+      cell: sizes; its mesh gives the order of `devices`.
+      devices: every device of the joint mesh in order, other processes' included.
+      role: what this process plays.
+
+    Raises:
+      ValueError: too few devices, or tensor sizes that the model can't be cut by.
+    """
+
+    def __init__(self, cell: CellConfig, devices: Sequence[jax.Device], role: Role):
+        self.cell = cell
+        self.role = role
+        self.mesh = joint_mesh(cell.mesh, devices)
+        self._local = local_devices(self.mesh)
+        self._replicas = [  # (replica, device) of the first tensor ranks here: they answer for their replica
+            (i // cell.mesh.attention_tensor, d)
+            for i, d in self._local
+            if cell.mesh.role(i) == "attention" and i % cell.mesh.attention_tensor == 0
+        ]
+        self._params = DeviceParams(cell, self.mesh)
+        self._programs: dict[Key, jax.stages.Compiled] = {}
+        self._attention: dict[str, jax.Array] = {}
+        self._experts: dict[str, jax.Array] = {}
+        self._state: DeviceState | None = None
+
+    @property
+    def has_attention(self) -> bool:
+        return self.role != "expert"
+
+    def load(self, source: ParamSource, progress: Callable[[str], None]) -> None:
+        """Places this process's share of the weights, and an empty KV cache."""
+        if self.role != "expert":
+            self._attention = self._params.place("attention", source, progress)
+        if self.role != "attention":
+            self._experts = self._params.place("expert", source, progress)
+        self._state = DeviceState(
+            sequence=self._filled((), np.int32),
+            pages=self._empty_pages() if self.has_attention else None,
+        )
+
+    def compile(self, key: Key) -> None:
+        """Compiles a program for this process's devices, once."""
+        key = (key[0], key[1])
+        if key in self._programs:
+            return
+        self._programs[key] = self.lower(key).compile()
+
+    def lower(self, key: Key) -> jax.stages.Lowered:
+        """The program, traced for this role and not yet compiled."""
+        if self._state is None:
+            raise ValueError("CellRuntime: expected load() before compile() or run()")
+        if key[1] and self.has_attention and self._state.counts is None:
+            self._state = DeviceState(self._state.sequence, self._state.pages, self._empty_counts())
+        program = CellProgram(self.cell, *key, self.role)
+
+        def on_device(attention, experts, kept, inputs):
+            # Every array's leading axis is the device: of size 1 here.
+            attention, experts, kept, inputs = jax.tree.map(lambda a: a[0], (attention, experts, kept, inputs))
+            return jax.tree.map(lambda a: a[None], program(attention, experts, kept, inputs))
+
+        spec = PartitionSpec(AXIS)
+        mapped = jax.shard_map(on_device, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        return jax.jit(mapped, donate_argnums=(2,)).lower(*self._arguments(key, None))
+
+    def run(self, key: Key, inputs: np.ndarray | None) -> dict[str, Any]:
+        """Runs one call and waits for it.
+
+        Args:
+          key: which program.
+          inputs: `[M, m, rows, width]` int32 (`StepInputs.array`); None in a process without attention devices.
+
+        Returns:
+          In a process with attention devices: `replicas` (those whose first tensor rank is here), `tokens`
+          `[num_steps, replicas, m, rows]` and, from sampling programs, `logprobs`, `top_ids`, `top_logprobs`;
+          everywhere `dropped_rows`.
+
+        Raises:
+          SequenceMismatchError: an exchange was out of step.
+        """
+        key = (key[0], key[1])
+        self.compile(key)
+        state, emitted, fault, dropped = self._programs[key](*self._arguments(key, inputs))
+        counts = state.counts if state.counts is not None else self._state.counts
+        self._state = DeviceState(state.sequence, state.pages, counts)
+        self._check(fault)
+        result: dict[str, Any] = {"dropped_rows": 0}
+        if not self.has_attention:
+            return result
+        result["dropped_rows"] = int(sum(self._of_replicas(dropped)))
+        result["replicas"] = np.array([r for r, _ in self._replicas], np.int32)
+        for name in ("tokens", "logprobs", "top_ids", "top_logprobs"):
+            if (array := getattr(emitted, name)) is not None:
+                result[name] = np.stack(self._of_replicas(array), axis=1)
+        return result
+
+    def set_sequence(self, device_index: int, value: int) -> None:
+        """Puts one device of this process out of step; a drill for what `SequenceMismatchError` is for."""
+        assert self._state is not None
+        shards = {s.device: s.data for s in self._state.sequence.addressable_shards}
+        device = self.mesh.devices.flat[device_index]
+        shards[device] = jnp.full((1,), value, jnp.int32, device=device)
+        sequence = from_shards(self.mesh, {d: shards[d] for _, d in self._local})
+        self._state = DeviceState(sequence, self._state.pages, self._state.counts)
+
+    def _arguments(self, key: Key, inputs: np.ndarray | None):
+        assert self._state is not None
+        state = self._state if key[1] else DeviceState(self._state.sequence, self._state.pages)
+        return self._attention, self._experts, state, self._inputs(key, inputs) if self.has_attention else None
+
+    def _inputs(self, key: Key, inputs: np.ndarray | None) -> jax.Array | jax.ShapeDtypeStruct:
+        """The host's batch on the attention devices, zeros on expert devices; without a batch its abstract form."""
+        layout, mesh = StepLayout.of(self.cell, key[0]), self.cell.mesh
+        shape = (mesh.num_micro_batches, layout.num_rows, layout.width)
+        if inputs is None:
+            sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
+            return jax.ShapeDtypeStruct((mesh.num_devices, *shape), np.int32, sharding=sharding)
+        if inputs.shape != (mesh.attention, *shape) or inputs.dtype != np.int32:
+            raise ValueError(
+                f"CellRuntime.run: expected int32 inputs {(mesh.attention, *shape)}, got {inputs.dtype} {inputs.shape}"
+            )
+        idle = np.zeros((1, *shape), np.int32)
+        parts = [
+            inputs[i // mesh.attention_tensor][None] if mesh.role(i) == "attention" else idle for i, _ in self._local
+        ]
+        return from_shards(self.mesh, dict(zip((d for _, d in self._local), jax.device_put(parts, [d for _, d in self._local]), strict=True)))  # fmt: skip  # noqa: E501
+
+    def _check(self, fault: jax.Array) -> None:
+        for shard in fault.addressable_shards:
+            expected, got = np.asarray(shard.data)[0]
+            if expected >= 0:
+                index = shard.index[0].start or 0
+                raise SequenceMismatchError(
+                    f"{self.cell.mesh.role(index)} device {index}: an exchange carried sequence number {got}, expected {expected}"
+                )
+
+    def _of_replicas(self, array: jax.Array) -> list[np.ndarray]:
+        shards = {s.device: s.data for s in array.addressable_shards}
+        return [np.asarray(shards[device])[0] for _, device in self._replicas]
+
+    def _filled(self, shape: tuple[int, ...], dtype) -> jax.Array:
+        """Zeros of `shape` on every device of this process."""
+        return from_shards(self.mesh, {d: jnp.zeros((1, *shape), dtype, device=d) for _, d in self._local})
+
+    def _empty_pages(self) -> list[tuple[jax.Array, jax.Array]]:
+        c = self.cell
+        heads = (c.model.num_kv_heads, c.model.head_dim)
+        _, (kv_heads, head_dim) = tensor_share(heads, ("kv_heads", None), c.mesh.attention_tensor, 0)
+        shape = (c.num_pages, c.page_len, kv_heads, head_dim)
+        dtype = jnp.dtype(c.model.dtype)
+        return [(self._filled(shape, dtype), self._filled(shape, dtype)) for _ in range(c.model.num_layers)]
+
+    def _empty_counts(self) -> list[TokenCounts]:
+        shape = (self.cell.rows, self.cell.model.vocab_size)
+        return [
+            TokenCounts(self._filled(shape, bool), self._filled(shape, np.int32))
+            for _ in range(self.cell.mesh.num_micro_batches)
+        ]

@@ -1,0 +1,118 @@
+"""DeviceParams: each device's share of the parameters, read straight from their source onto that device."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh
+
+from jmoe.cell_config import CellConfig
+from jmoe.models.arrays import ArraySpec
+from jmoe.models.model import array_specs
+from jmoe.sharding.meshes import from_shards, local_devices
+from jmoe.sharding.partition import pad_to, tensor_share
+
+
+class ParamSource(Protocol):
+    """Where parameters come from: `jmoe.checkpoints.load.CheckpointReader`, or `ArraySource` for a live model."""
+
+    def read(
+        self, role: Literal["attention", "expert"], path: str, index: tuple[slice, ...] | None = None
+    ) -> np.ndarray: ...
+
+    def read_experts(self, path: str, expert_ids: Sequence[int], mlp: slice | None = None) -> np.ndarray: ...
+
+
+class ArraySource:
+    """A live model's arrays by path as a source."""
+
+    def __init__(self, attention: dict[str, jax.Array], experts: dict[str, jax.Array]):
+        self._arrays = {"attention": attention, "expert": experts}
+
+    def read(self, role, path, index=None):
+        array = self._arrays[role][path]
+        return np.asarray(array if index is None else array[index])
+
+    def read_experts(self, path, expert_ids, mlp=None):
+        mlp = mlp or slice(None)
+        index = (slice(None), mlp) if path.endswith("down_proj") else (slice(None), slice(None), mlp)
+        return np.asarray(self._arrays["expert"][path][np.array(expert_ids)][index])
+
+
+class DeviceParams:
+    """Reads and places the parameters of a cell, array by array: the host never holds more than one.
+
+    Args:
+      cell: model, meshes, placement.
+      mesh: the joint mesh; only this process's devices get anything.
+    """
+
+    def __init__(self, cell: CellConfig, mesh: Mesh):
+        self.cell = cell
+        self.mesh = mesh
+        self._local = local_devices(mesh)
+        self._idle: dict[tuple[jax.Device, tuple[int, ...]], jax.Array] = {}
+        specs = array_specs(cell.model)
+        self.specs = {"attention": specs[0], "expert": specs[1]}
+        for role, size in (("attention", cell.mesh.attention_tensor), ("expert", cell.mesh.expert_tensor)):
+            for path, spec in self.specs[role].items():
+                try:
+                    tensor_share(spec.shape, spec.axes, size, 0)
+                except ValueError as e:
+                    raise ValueError(f"MeshConfig.{role}_tensor: {path}: {e}") from None
+
+    def place(self, role: Literal["attention", "expert"], source: ParamSource, progress: Callable[[str], None]):
+        """Every parameter of a role as an array over the joint mesh, by path.
+
+        Devices of the other role that this process holds too (executor `inline`) get a buffer of the same shape,
+        one for all arrays of that shape, since one program needs one shape everywhere.
+        """
+        placed, specs = {}, self.specs[role]
+        for n, (path, spec) in enumerate(specs.items()):
+            placed[path] = self._place_one(role, path, spec, source)
+            if (n + 1) % 50 == 0 or n + 1 == len(specs):
+                progress(f"{role} weights: {n + 1} of {len(specs)} arrays")
+        return placed
+
+    def _place_one(self, role, path: str, spec: ArraySpec, source: ParamSource) -> jax.Array:
+        shards: dict[jax.Device, jax.Array] = {}
+        read: dict[tuple[int, int], np.ndarray] = {}  # replicas share what was read for one of them
+        shape: tuple[int, ...] = ()
+        mine = [(index, device) for index, device in self._local if self.cell.mesh.role(index) == role]
+        for index, device in mine:
+            node, rank = self._node_and_rank(role, index)
+            key = (node if role == "expert" else 0, rank)
+            if key not in read:
+                read[key] = self._read(role, path, spec, source, node, rank)
+            shape = read[key].shape
+            shards[device] = jax.device_put(read[key][None], device)
+        for _, device in self._local:
+            if device not in shards:
+                shards[device] = self._idle_buffer(device, (1, *shape))
+        ordered = {device: shards[device] for _, device in self._local}
+        return from_shards(self.mesh, jax.block_until_ready(ordered))
+
+    def _node_and_rank(self, role, index: int) -> tuple[int, int]:
+        mesh = self.cell.mesh
+        if role == "attention":
+            return divmod(index, mesh.attention_tensor)
+        return divmod(index - mesh.num_attention_devices, mesh.expert_tensor)
+
+    def _read(self, role, path: str, spec: ArraySpec, source: ParamSource, node: int, rank: int) -> np.ndarray:
+        mesh, placement = self.cell.mesh, self.cell.mesh.placement
+        assert placement is not None
+        if role == "attention":
+            slices, shape = tensor_share(spec.shape, spec.axes, mesh.attention_tensor, rank)
+            return pad_to(source.read(role, path, slices), shape)
+        slices, shape = tensor_share(spec.shape, spec.axes, mesh.expert_tensor, rank)
+        held = source.read_experts(path, placement.nodes[node], slices[spec.axes.index("mlp")])
+        return pad_to(held, (placement.max_local_experts, *shape[1:]))  # nodes may hold different numbers of experts
+
+    def _idle_buffer(self, device: jax.Device, shape: tuple[int, ...]) -> jax.Array:
+        if (device, shape) not in self._idle:
+            dtype = np.float32 if self.cell.model.dtype == "float32" else ml_dtypes.bfloat16
+            self._idle[device, shape] = jnp.zeros(shape, dtype, device=device)
+        return self._idle[device, shape]
