@@ -51,6 +51,17 @@ class TensorFiles:
         except safetensors.SafetensorError as error:
             raise ValueError(f"{self._file_of[name]}: reading {name}: {error}") from None
 
+    def open_all(self) -> None:
+        """Opens every file, so that a missing or truncated one is found now."""
+        for path in set(self._file_of.values()):
+            self._open(path)
+
+    def close(self) -> None:
+        """Unmaps the files; the next read maps them again."""
+        for handle in self._files.values():
+            handle.__exit__(None, None, None)
+        self._files.clear()
+
     def _slice(self, name: str) -> Any:
         if name not in self._file_of:
             raise ValueError(f"{self.folder}: expected a tensor named {name}, got none")
