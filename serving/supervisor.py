@@ -23,7 +23,6 @@ from jmoe.serving.worker_start import Worker, WorkerPlace, WorkerStart
 _POLL_S = 0.1  # between looks at exits and clocks; messages and closed connections wake the thread at once
 _SETTLE_S = 0.2  # after a first sign of failure: a peer's death shows within this, and is the better explanation
 _STALL_S = 1.0  # this process itself stood still for longer: heartbeats are still in the sockets
-_MAX_PROGRESS = 1000  # progress lines held for a caller that does not fetch them
 _ERRORS: dict[str, type[Exception]] = {
     "SequenceMismatchError": SequenceMismatchError,
     "ValueError": ValueError,  # a checkpoint or a configuration that does not fit, with a sentence
@@ -40,7 +39,7 @@ class _Call:
     limit_s: float
     deadline: float
     replies: dict[int, Any] = dataclasses.field(default_factory=dict)
-    progress: collections.deque[str] = dataclasses.field(default_factory=lambda: collections.deque((), _MAX_PROGRESS))
+    progress: collections.deque[str] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=1000))
 
 
 class Supervisor:

@@ -1,5 +1,6 @@
 """ProcessesExecutor: worker processes, each tracing only its role's program, driven from a parent without JAX."""
 
+import contextlib
 import os
 import pathlib
 import secrets
@@ -12,6 +13,7 @@ from jmoe.cell_config import CellConfig
 from jmoe.serving.deadlines import Deadlines
 from jmoe.serving.errors import CellFailedError
 from jmoe.serving.executors.protocol import ProgramKey
+from jmoe.serving.model_handover import LiveModel, handed_over
 from jmoe.serving.supervisor import Supervisor
 from jmoe.serving.worker_process import DEFAULT_COMMAND
 from jmoe.serving.worker_start import TOKEN_VARIABLE, WorkerPlace, WorkerStart, split_address
@@ -24,7 +26,8 @@ class ProcessesExecutor:
 
     Args:
       cell: what the programs are compiled for.
-      checkpoint: a Hugging Face checkpoint folder; each worker reads its own role's part, at the same path.
+      checkpoint: a Hugging Face checkpoint folder, from which each worker reads its own role's part (at the same path
+        on every host), or a live model, which is handed over in shared memory.
       platform: "cpu" (virtual devices, gloo) or "gpu" (NCCL).
       processes_per: one worker per "role" or per "device".
       addresses: HOST:PORT of workers that listen (`--listen`), attention first; empty for children of this process.
@@ -37,14 +40,15 @@ class ProcessesExecutor:
       worker_command: what starts a child.
 
     Raises:
-      ValueError: another number of addresses than workers, or a checkpoint that does not fit.
+      ValueError: another number of addresses than workers, a checkpoint that does not fit, or a live model for
+        workers that listen.
       CellFailedError: workers that do not come up.
     """
 
     def __init__(
         self,
         cell: CellConfig,
-        checkpoint: str | os.PathLike[str],
+        checkpoint: str | os.PathLike[str] | LiveModel,
         *,
         platform: Literal["cpu", "gpu"] = "cpu",
         processes_per: Literal["role", "device"] = "role",
@@ -59,6 +63,8 @@ class ProcessesExecutor:
         self._deadlines = deadlines or Deadlines()
         self._compiled: set[ProgramKey] = set()
         self._places = worker_places(cell.mesh, processes_per, platform, addresses)
+        if addresses and not isinstance(checkpoint, (str, os.PathLike)):
+            raise ValueError("checkpoint: expected a folder that every worker's host has, got a live model")
         token = token or (os.environ.get(TOKEN_VARIABLE, "") if addresses else secrets.token_hex(32))
         start = WorkerStart(token, tuple(worker_command), pathlib.Path(log_dir) if log_dir else None)
         self._supervisor = Supervisor(self._places, start, self._deadlines)
@@ -67,11 +73,18 @@ class ProcessesExecutor:
             report(f"starting {len(self._places)} workers")
             hellos = self._supervisor.start()
             self._supervisor.call("init", self._init_payloads(platform, hellos), self._deadlines.init_s)
-            path = str(pathlib.Path(checkpoint).absolute())
-            self._supervisor.call("load", self._same({"path": path}), self._deadlines.load_s, report)
+            self._load(checkpoint, report)
         except BaseException:
             self._supervisor.close()
             raise
+
+    def _load(self, checkpoint: str | os.PathLike[str] | LiveModel, report: Callable[[str], None]) -> None:
+        with contextlib.ExitStack() as stack:
+            if not isinstance(checkpoint, (str, os.PathLike)):
+                report("handing the model over")
+                checkpoint = stack.enter_context(handed_over(checkpoint))
+            path = str(pathlib.Path(checkpoint).absolute())
+            self._supervisor.call("load", self._same({"path": path}), self._deadlines.load_s, report)
 
     @property
     def worker_pids(self) -> list[int]:
