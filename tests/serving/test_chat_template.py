@@ -90,7 +90,7 @@ def test_an_escape_from_the_sandbox_is_an_error(escape):
     "broken", ["{% include '/etc/passwd' %}", "{% import 'os' as os %}", "{{ 1 // 0 }}", "{{ x.y }}"]
 )
 def test_anything_else_that_goes_wrong_is_an_error(broken):
-    with pytest.raises(ChatTemplateError, match="^chat template: "):
+    with pytest.raises(ChatTemplateError, match=r"^chat template: "):
         ChatTemplate(broken).render(HELLO)
 
 

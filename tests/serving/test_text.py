@@ -12,7 +12,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from jmoe.serving.text import detokenizer
 from jmoe.serving.text.tokenizer import Tokenizer
 
-TEXT = "the quick brown fox jumps over the lazy dog. Grüße aus Köln: naïve café 東京 日本語 🙂🙃 Paris is the capital of France 123"
+TEXT = "the quick brown fox jumps over the lazy dog. Grüße aus Köln: naïve café 東京 日本語 🙂🙃 Paris is France 123"
 SPECIAL = ["<|end|>", "<|im_start|>", "<|im_end|>"]
 
 
