@@ -7,46 +7,11 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tiny_tokenizer import TEXT, byte_fallback_backend, byte_level_backend
+from tokenizers import decoders, models
 
 from jmoe.serving.text import detokenizer
 from jmoe.serving.text.tokenizer import Tokenizer
-
-TEXT = "the quick brown fox jumps over the lazy dog. Grüße aus Köln: naïve café 東京 日本語 🙂🙃 Paris is France 123"
-SPECIAL = ["<|end|>", "<|im_start|>", "<|im_end|>"]
-
-
-def byte_level_backend() -> tokenizers.Tokenizer:
-    """A small byte-level BPE in which letters outside ASCII are cut over tokens."""
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([TEXT] * 3, trainer)
-    backend.add_tokens([AddedToken("<think>", special=False), AddedToken("two words", special=False)])
-    return backend
-
-
-def byte_fallback_backend() -> tokenizers.Tokenizer:
-    """Mixtral's kind: U+2581 for spaces, <0xNN> for bytes without a token, a first space that the encoder adds."""
-    words = ["▁the", "▁Paris", "the", "Paris", "▁is", "▁a", "▁", "a", "t", "h", "e", "P", "r", "i", "s", "▁▁", "日"]
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{b:02X}>": 3 + b for b in range(256)}
-    vocab |= {word: 259 + i for i, word in enumerate(words)}
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return backend
-
 
 BACKENDS = {"byte_level": byte_level_backend(), "byte_fallback": byte_fallback_backend()}
 
