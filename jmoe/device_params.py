@@ -93,7 +93,8 @@ class DeviceParams:
             if device not in shards:
                 shards[device] = self._idle_buffer(device, (1, *shape))
         ordered = {device: shards[device] for _, device in self._local}
-        return from_shards(self.mesh, jax.block_until_ready(ordered))
+        jax.block_until_ready(list(ordered.values()))  # else the host copies pile up
+        return from_shards(self.mesh, ordered)
 
     def _node_and_rank(self, role, index: int) -> tuple[int, int]:
         mesh = self.cell.mesh

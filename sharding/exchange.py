@@ -154,16 +154,15 @@ def _swap(exchange: Exchange, dispatch: bool, combine: bool, floats, ints):
     if dispatch:
         parts += [form.pack_weights(topk_weights), form.pack_ids(slot, local_idx)]
     words = exchange.permute(jnp.concatenate(parts, axis=1), dispatch, combine)
-    cuts = np.cumsum([HEADER_WORDS, form.hidden_words, form.weight_words]).tolist()
-    header, hidden_words, weight_words, id_words = jnp.split(words, cuts, axis=1)
-    header = jax.lax.bitcast_convert_type(header, jnp.int32)
+    header = jax.lax.bitcast_convert_type(words[:, :HEADER_WORDS], jnp.int32)
+    cut = HEADER_WORDS + form.hidden_words
+    hidden = form.unpack_hidden(words[:, HEADER_WORDS:cut])
     if dispatch:
-        topk_weights = form.unpack_weights(weight_words)
-        slot, local_idx = form.unpack_ids(id_words)
+        topk_weights = form.unpack_weights(words[:, cut : cut + form.weight_words])
+        slot, local_idx = form.unpack_ids(words[:, cut + form.weight_words :])
     else:
         topk_weights, slot, local_idx = (jnp.zeros_like(a) for a in (topk_weights, slot, local_idx))
-    floats = (form.unpack_hidden(hidden_words), topk_weights)
-    return floats, (local_idx, slot, header[:, 1], header[:, 0]), order
+    return (hidden, topk_weights), (local_idx, slot, header[:, 1], header[:, 0]), order
 
 
 def _swap_forward(exchange, dispatch, combine, floats, ints):
