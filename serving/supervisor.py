@@ -130,9 +130,10 @@ class Supervisor:
 
     def check(self) -> None:
         """Raises the cell's failure, if it has failed or was closed."""
+        alive = self._started and self._thread.is_alive()  # looked at first: the thread sets _failure, then ends
         if self._failure is not None:
             raise type(self._failure)(*self._failure.args) from self._failure
-        if not self._started or not self._thread.is_alive():
+        if not alive:
             raise CellFailedError("the cell's workers are not running")
 
     def fail(self, error: CellFailedError) -> NoReturn:
@@ -281,6 +282,10 @@ class Supervisor:
                 worker.channel.send_frame(frame)
         until = time.monotonic() + self.deadlines.stop_s
         for worker in self._workers:
+            assert worker.channel is not None
+            with contextlib.suppress(EOFError, OSError, WireError):  # TimeoutError is an OSError
+                while True:
+                    worker.channel.receive(until)  # heartbeats and the answer, then the end of the connection
             if worker.process:
                 worker.process.wait(max(0.0, until - time.monotonic()))
 

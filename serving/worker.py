@@ -98,7 +98,8 @@ def _listen(args: argparse.Namespace, token: str) -> tuple[Channel, socket.socke
     host, port = split_address(args.listen)
     give_up = time.monotonic() + args.wait_s
     with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
-        print(f"jmoe worker: waiting for a parent on {args.listen}", file=sys.stderr, flush=True)
+        where = f"{args.listen.rpartition(':')[0]}:{server.getsockname()[1]}"  # port 0 takes a free one
+        print(f"jmoe worker: waiting for a parent on {where}", file=sys.stderr, flush=True)
         while (left := give_up - time.monotonic()) > 0:
             server.settimeout(left)
             sock, peer = server.accept()

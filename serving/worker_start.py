@@ -82,7 +82,7 @@ class WorkerStart:
 
         children = [worker for worker in workers if worker.place.address is None]
         if children:
-            with socket.create_server(("127.0.0.1", 0), backlog=len(children)) as server:
+            with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
                 for worker in children:
                     self._launch(worker, f"127.0.0.1:{server.getsockname()[1]}")
                 while any(worker.channel is None for worker in children):
