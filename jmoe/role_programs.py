@@ -125,7 +125,8 @@ class AttentionRole:
     def _combine(self, box: Box, routes: Routes) -> jax.Array:
         """Partial sums back to their tokens: `[tokens, D]` float32."""
         rounds = self.exchange.rounds
-        round_of = jnp.asarray(rounds.round_of)[jax.lax.axis_index(AXIS), : self.cell.mesh.expert]  # [N, slices]
+        mine = rounds.round_of[:, : self.cell.mesh.expert, : rounds.num_slices // self.tensor.size]
+        round_of = jnp.asarray(mine)[jax.lax.axis_index(AXIS)]  # [N, slices]
         partials = jnp.swapaxes(box.hidden[round_of], 1, 2)  # [N, capacity, slices, width]
         total = sum_partials(partials.reshape(*partials.shape[:2], -1), routes.position)
         total = self.tensor.gather(total.reshape(total.shape[0], round_of.shape[1], -1))  # [ranks, tokens, slices, w]
@@ -145,7 +146,8 @@ class ExpertRole:
         """Every replica's rows through this node's experts; one weighted partial sum a row, in the order received."""
         rounds, f = self.exchange.rounds, self.exchange.format
         device = jax.lax.axis_index(AXIS)
-        round_of = jnp.asarray(rounds.round_of)[device, : self.cell.mesh.attention]  # [M, slices]
+        mine = rounds.round_of[:, : self.cell.mesh.attention, : rounds.num_slices // self.tensor.size]
+        round_of = jnp.asarray(mine)[device]  # [M, slices]
         hidden = self.tensor.gather(inbox.hidden[round_of])  # [ranks, M, slices, capacity, width]
         rows = jnp.moveaxis(hidden, (1, 3, 2, 0), (0, 1, 2, 3)).reshape(-1, self.cell.model.hidden_size)
         num_rows = inbox.num_rows[round_of[:, 0]]  # [M]

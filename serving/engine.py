@@ -1,6 +1,5 @@
 """Engine: one thread that schedules, fills, runs and hands out tokens. No JAX: the device is behind the executor."""
 
-import dataclasses
 import logging
 import secrets
 import threading
@@ -9,7 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from jmoe.serving.admission import make_request
-from jmoe.serving.errors import CellFailedError, EngineClosedError, QueueFullError, StepTimeoutError
+from jmoe.serving.engine_config import EngineConfig
+from jmoe.serving.errors import CellFailedError, EngineClosedError, JmoeError, QueueFullError, StepTimeoutError
 from jmoe.serving.executors.protocol import Executor, ProgramKey
 from jmoe.serving.request_stream import RequestStream, Tokenizer, token_logprobs
 from jmoe.serving.requests import FinishReason, RequestOutput, SamplingParams
@@ -22,31 +22,6 @@ _log = logging.getLogger(__name__)
 _COUNTS: tuple[str, ...] = (
     "prefill_calls", "decode_calls", "prefill_tokens", "output_tokens", "dropped_rows", "callback_errors",
 )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """How the engine treats its queue and its time.
-
-    Args:
-      max_waiting: requests that may wait for a slot; one more is refused with QueueFullError.
-      max_prefill_streak: prefill calls in a row while something could decode.
-      check_interval_s: how often an idle engine asks the executor whether the cell still lives.
-      close_timeout_s: how long `close` waits for the call in flight.
-
-    Raises:
-      ValueError: a value that is not positive.
-    """
-
-    max_waiting: int = 256
-    max_prefill_streak: int = 1
-    check_interval_s: float = 0.25
-    close_timeout_s: float = 30.0
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if not (value := getattr(self, field.name)) > 0:
-                raise ValueError(f"EngineConfig.{field.name}: expected more than 0, got {value}")
 
 
 class Engine:
@@ -211,8 +186,9 @@ class Engine:
     def _wait_for_inbox(self) -> bool:
         """Waits until something is asked for; False after check_interval_s without."""
         with self._changed:
-            asked = lambda: bool(self._inbox) or self._state == "closed"  # noqa: E731
-            return self._changed.wait_for(asked, self.config.check_interval_s)
+            if not self._inbox and self._state != "closed":
+                self._changed.wait(self.config.check_interval_s)
+            return bool(self._inbox) or self._state == "closed"
 
     def _take_inbox(self) -> None:
         """Hands new requests and aborts to the scheduler, in order."""
@@ -236,7 +212,11 @@ class Engine:
             return
         num_top = progress.request.params.logprobs
         logprobs = None if num_top is None else token_logprobs(progress, call, outputs, num_top)
-        output = stream.advance(progress.tokens, logprobs)
+        try:
+            output = stream.advance(progress.tokens, logprobs)
+        except Exception as e:  # its text can't be made, which is no reason to end the others
+            _log.exception("text of request %s", progress.request.id)
+            output = stream.end(FinishReason.ERROR, JmoeError(f"text of the output: {type(e).__name__}: {e}"))
         self._counts["output_tokens"] += len(output.token_ids)
         if output.finish_reason is not None:
             self.scheduler.finish(progress.request, output.finish_reason)

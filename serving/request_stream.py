@@ -7,19 +7,8 @@ from typing import Protocol
 from jmoe.serving.requests import FinishReason, Request, RequestOutput, TokenLogprobs
 from jmoe.serving.scheduler import Call, Progress
 from jmoe.serving.stop import StopMatcher
+from jmoe.serving.text.detokenizer import Detokenizer
 from jmoe.step_inputs import StepOutputs
-
-
-class Detokenizer(Protocol):
-    """Text of one request's tokens, piece by piece."""
-
-    def push(self, ids: Sequence[int]) -> str:
-        """Takes the next tokens; returns text that can no longer change."""
-        ...
-
-    def flush(self) -> str:
-        """The tokens are over: returns the rest."""
-        ...
 
 
 class Tokenizer(Protocol):
@@ -53,30 +42,35 @@ class RequestStream:
     def advance(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> RequestOutput:
         """Makes the output for new tokens. A stop string drops the tokens after the one that completed it."""
         reason = self.request.finish_reason
-        # The text of a stop token is not part of the answer.
-        spoken = tokens[:-1] if reason is FinishReason.STOP else tokens
-        text = ""
+        num_kept, text = len(tokens), ""
         if self.detokenizer is not None:
-            if self.stop.stop:
-                for i, token in enumerate(spoken):
-                    text += self.stop.push(self.detokenizer.push([token]))
-                    if self.stop.found:
-                        tokens = tokens[: i + 1]
-                        break
-            else:
-                text = self.detokenizer.push(spoken)
-            if reason is not None and not self.stop.found:
-                text += self.stop.push(self.detokenizer.flush())
-                text += self.stop.flush()
-        if self.stop.found:
-            reason = FinishReason.STOP
-        self.num_output += len(tokens)
+            # The text of a stop token is not part of the answer.
+            spoken = tokens[:-1] if reason is FinishReason.STOP else tokens
+            num_read, text = self._read(self.detokenizer, spoken, is_last=reason is not None)
+            if self.stop.found:
+                num_kept, reason = num_read, FinishReason.STOP
+        self.num_output += num_kept
         return self._output(
-            token_ids=tuple(tokens),
+            token_ids=tuple(tokens[:num_kept]),
             text=text,
             finish_reason=reason,
-            logprobs=None if logprobs is None else tuple(logprobs[: len(tokens)]),
+            logprobs=None if logprobs is None else tuple(logprobs[:num_kept]),
         )
+
+    def _read(self, detokenizer: Detokenizer, tokens: Sequence[int], is_last: bool) -> tuple[int, str]:
+        """Text of tokens, and how many of them were read: all, or those up to the end of a stop string."""
+        num_read, text = len(tokens), ""
+        if self.stop.stop:
+            for num_read, token in enumerate(tokens, 1):
+                text += self.stop.push(detokenizer.push([token]))
+                if self.stop.found:
+                    return num_read, text
+        else:
+            text = detokenizer.push(tokens)
+        if is_last:
+            text += self.stop.push(detokenizer.flush())
+            text += self.stop.flush()
+        return num_read, text
 
     def end(self, reason: FinishReason, error: Exception | None = None) -> RequestOutput:
         """Makes a last output without tokens; text that was held back is dropped."""

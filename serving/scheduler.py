@@ -250,16 +250,17 @@ class Scheduler:
         """Appends a work's new tokens to its request, and ends it where they say so."""
         request = work.request
         new = column[: column.index(-1)] if -1 in column else column
-        stopped = bool(new) and new[-1] in request.stop_ids
-        if (len(new) != work.num_samples and not stopped) or len(new) + column.count(-1) != len(column):
+        stops = [step for step, token in enumerate(new) if token in request.stop_ids]
+        complete = stops == [len(new) - 1] if stops else len(new) == work.num_samples
+        if not complete or len(new) > work.num_samples or len(new) + column.count(-1) != len(column):
             raise RuntimeError(
                 f"request {request.id} in slot {tuple(work.slot)}: expected {work.num_samples} tokens from "
                 f"{call.kind}, or fewer up to a stop token, got {column}"
             )
         request.num_computed += work.num_tokens if call.kind == "prefill" else len(new)
         request.output_ids += new
-        if stopped or (new and request.remaining == 0):
-            self.finish(request, FinishReason.STOP if stopped else FinishReason.LENGTH)
+        if stops or (new and request.remaining == 0):
+            self.finish(request, FinishReason.STOP if stops else FinishReason.LENGTH)
         return new
 
 

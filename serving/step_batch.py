@@ -27,12 +27,14 @@ class StepBatch:
 
     def fill(self, call: Call) -> StepInputs:
         """Packs a call; the array is new, so the executor may keep it."""
+        page_table = self._columns["page_table"]
         for work in call.work:
             if self._tenants.get(work.slot) != (work.request, work.request.num_admissions):
                 self._write_slot(work.slot, work.request)
-            if self._num_pages[work.slot] != len(work.request.page_ids):
-                self._columns["page_table"][work.slot][: len(work.request.page_ids)] = work.request.page_ids
-                self._num_pages[work.slot] = len(work.request.page_ids)
+            known, page_ids = self._num_pages[work.slot], work.request.page_ids
+            if known != len(page_ids):  # pages are only ever added while a request keeps its slot
+                page_table[work.slot][known : len(page_ids)] = page_ids[known:]
+                self._num_pages[work.slot] = len(page_ids)
         inputs = StepInputs(self.cell, call.kind)
         if call.kind == "decode":
             self._fill_decode(inputs, call)

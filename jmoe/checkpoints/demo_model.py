@@ -5,12 +5,15 @@ import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import numpy as np
+
+from jmoe.checkpoints.demo_calibration import TEXT, ffn_inputs
 from jmoe.checkpoints.demo_download import DemoModelError, Progress, cache_folder, fetch_demo_gguf
 from jmoe.checkpoints.demo_gguf import DenseGguf
-from jmoe.checkpoints.demo_moe import LazyArray, attention_arrays, expert_arrays, moe_config
-from jmoe.checkpoints.demo_tokenizer import write_tokenizer
+from jmoe.checkpoints.demo_moe import LazyArray, attention_arrays, balanced_routers, expert_arrays, moe_config
+from jmoe.checkpoints.demo_tokenizer import build_tokenizer, write_tokenizer
 from jmoe.checkpoints.safetensors_reader import TensorFiles
 from jmoe.checkpoints.save import save_hf
 
@@ -58,8 +61,11 @@ def convert_demo_model(gguf: pathlib.Path, folder: pathlib.Path, progress: Progr
     progress(None, "Reading SmolLM2-135M-Instruct")
     dense = DenseGguf(gguf)
     tokens = dense.tokenizer()
-    attention, experts = attention_arrays(dense), expert_arrays(dense)
-    report = _Counter(len(attention) + len(experts), progress)
+    report = _Counter(dense.num_layers, progress, "Balancing the routers")
+    calibration = build_tokenizer(tokens).encode(TEXT).ids
+    routers = balanced_routers(ffn_inputs(dense, calibration, report.step))
+    attention, experts = attention_arrays(dense, routers), expert_arrays(dense)
+    report = _Counter(len(attention) + len(experts), progress, "Building a mixture of 8 experts")
     folder.mkdir(parents=True)
     save_hf(
         folder,
@@ -72,18 +78,22 @@ def convert_demo_model(gguf: pathlib.Path, folder: pathlib.Path, progress: Progr
 
 
 class _Counter:
-    """Reports a fraction each time one of the arrays it watches is made."""
+    """Reports the fraction of its steps that are done."""
 
-    def __init__(self, total: int, progress: Progress):
-        self._done, self._total, self._progress = 0, total, progress
+    def __init__(self, total: int, progress: Progress, message: str):
+        self._done, self._total, self._progress, self._message = 0, total, progress, message
+
+    def step(self) -> None:
+        self._done += 1
+        self._progress(min(1.0, self._done / self._total), self._message)
 
     def watching(self, arrays: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
+        """The same arrays, each of which counts as a step when it is made."""
         return {path: LazyArray(array.shape, self._counted(array)) for path, array in arrays.items()}
 
-    def _counted(self, array: LazyArray):
-        def make():
-            self._done += 1
-            self._progress(min(1.0, self._done / self._total), "Building a mixture of 8 experts")
+    def _counted(self, array: LazyArray) -> Callable[[], np.ndarray]:
+        def make() -> np.ndarray:
+            self.step()
             return array.make()
 
         return make

@@ -1,7 +1,7 @@
 """Turns a dense Llama model into a Mixtral one in which routing matters and the logits stay (nearly) the same."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from jmoe.config import ModelConfig
 
 NUM_SLICES = 4  # k: every token needs one copy of each
 COPIES = 2
-ROUTER_SCALE = 1e-4  # standard deviation of a router logit for an input of root mean square 1
+ROUTER_SCALE = 3e-5  # root mean square of router logits: 1e-4 moves the logits by 1.2e-3, 1e-6 meets float32's grain
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,15 +55,36 @@ def moe_config(dense: DenseGguf, tokens: TokenizerFacts) -> ModelConfig:
     )
 
 
-def attention_arrays(dense: DenseGguf, seed: int = 0) -> dict[str, LazyArray]:
-    """The attention half's parameters by path, with routers that choose one copy of each FFN slice.
+def balanced_routers(ffn_inputs: Iterable[np.ndarray], seed: int = 0) -> list[np.ndarray]:
+    """Router weights that choose one copy of each FFN slice, and each copy for half of the tokens.
 
-    Router columns stand in pairs: expert s has +r_s and expert s + 4 has -r_s, r_s random and small. Of each pair
-    exactly one logit is positive, so top-4 takes exactly one copy of each slice, and the renormalised weights are
-    1/4 (1 + O(1e-4)); `expert_arrays` scales down_proj by 4 to match.
+    Columns stand in pairs: expert s has +r_s and expert s + 4 has -r_s, r_s random and small. Of each pair exactly
+    one logit is positive, so top-4 takes exactly one copy of each slice, and the renormalised weights are 1/4 up to
+    the logits' size; `expert_arrays` scales down_proj by 4 to match. A normalised input has a large mean mu, which
+    would give a purely random r_s the same sign for nearly all tokens: r_s is shifted along mu until its logit's
+    median over the calibration tokens is 0.
+
+    Args:
+      ffn_inputs: for each layer what its FFN reads on a calibration text, `[tokens, D]`.
+      seed: of the random directions.
+
+    Returns:
+      `[D, 8]` float32 a layer.
     """
-    hidden, head_dim, vocab = dense.hidden_size, dense.head_dim, dense.vocab_size
     rng = np.random.default_rng(seed)
+    routers = []
+    for x in ffn_inputs:
+        random = rng.normal(size=(x.shape[1], NUM_SLICES))
+        mean = x.mean(axis=0, dtype=np.float64)
+        r = random - mean[:, None] * np.median((x @ random) / (x @ mean)[:, None], axis=0)
+        r *= ROUTER_SCALE / np.sqrt(np.mean(np.square(x @ r), axis=0))
+        routers.append(np.concatenate([r, -r], axis=1).astype(np.float32))
+    return routers
+
+
+def attention_arrays(dense: DenseGguf, routers: list[np.ndarray]) -> dict[str, LazyArray]:
+    """The attention half's parameters by path: the dense model's own, and the routers."""
+    hidden, head_dim, vocab = dense.hidden_size, dense.head_dim, dense.vocab_size
     arrays = {
         "embed": LazyArray((vocab, hidden), lambda: dense.tensor("token_embd")),
         "final_norm": LazyArray((hidden,), lambda: dense.tensor("output_norm")),
@@ -79,9 +100,7 @@ def attention_arrays(dense: DenseGguf, seed: int = 0) -> dict[str, LazyArray]:
             arrays[f"{ours}{name}_proj"] = LazyArray(shape, _transposed(dense, f"{theirs}attn_{name}", shape))
         shape = (dense.num_heads, head_dim, hidden)
         arrays[ours + "o_proj"] = LazyArray(shape, _transposed(dense, theirs + "attn_output", shape))
-        half = rng.normal(0.0, ROUTER_SCALE * hidden**-0.5, (hidden, NUM_SLICES)).astype(np.float32)
-        router = np.concatenate([half, -half], axis=1)
-        arrays[ours + "router"] = LazyArray(router.shape, lambda router=router: router)
+        arrays[ours + "router"] = LazyArray(routers[layer].shape, lambda layer=layer: routers[layer])
     return arrays
 
 

@@ -1,7 +1,7 @@
 """Discrete events over the four lanes, driven by `jmoe.schedule`: what a deployment will do. No JAX.
 
-Two ways to say how long things take: `StageTimes` (constants, for the closed forms and for refining a search), or any
-object with `passes`, such as `jmoe.planner.decode_model.DecodeModel` (growing sequences, drawn routing, stragglers).
+Two ways to say how long things take: `ConstantTimes`, for the closed forms and for refining a search, or any object
+with `passes`, such as `jmoe.planner.decode_model.DecodeModel` (growing sequences, drawn routing, stragglers).
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class TimeModel(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class StageTimes:
+class ConstantTimes:
     """Constant times of one micro-batch of one layer: T_a, T_e and the one-way T_c, in seconds.
 
     Attributes:
@@ -59,9 +59,9 @@ class StageTimes:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             if not (value := getattr(self, field.name)) >= 0:
-                raise ValueError(f"StageTimes.{field.name}: expected at least 0, got {value}")
+                raise ValueError(f"ConstantTimes.{field.name}: expected at least 0, got {value}")
         if self.num_gpus < 1:
-            raise ValueError(f"StageTimes.num_gpus: expected at least 1, got {self.num_gpus}")
+            raise ValueError(f"ConstantTimes.num_gpus: expected at least 1, got {self.num_gpus}")
 
     @property
     def num_cells(self) -> int:

@@ -3,11 +3,11 @@
 import csv
 import dataclasses
 import json
-import math
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 MAX_TRACE_BYTES = 1 << 30
 MAX_TRACE_ROWS = 5_000_000
@@ -115,21 +115,23 @@ class Workload:
         return cls(prompts, outputs, slo_s)
 
 
-def busiest_replica(variance: float, rows: int, mean: float, num_replicas: int) -> float:
+def busiest_replica(variance: float, mean: float, rows: ArrayLike, num_replicas: ArrayLike) -> np.ndarray:
     """Expected KV tokens of the fullest of M replicas over the mean, rows slots each (Gaussian approximation).
 
     Args:
       variance, mean: of one slot's context.
       rows: slots of one replica.
       num_replicas: M.
-    """
-    if num_replicas < 2 or not variance:
-        return 1.0
-    # E[max of M standard normals], Blom's approximation; within 2 % for M of 2 to 1000.
-    from scipy.special import ndtri
 
-    largest = float(ndtri((num_replicas - 0.375) / (num_replicas + 0.25)))
-    return 1.0 + largest * math.sqrt(variance / rows) / mean
+    Returns:
+      1 + z(M) sqrt(variance / rows) / mean, z(M) the expected largest of M standard normals by Blom's approximation
+      (within 2 % for M of 2 to 1000).
+    """
+    from scipy.special import ndtri  # here, so that the module loads without the planner extra
+
+    rows, replicas = np.asarray(rows, np.float64), np.asarray(num_replicas, np.float64)
+    largest = np.where(replicas > 1, ndtri((replicas - 0.375) / (replicas + 0.25)), 0.0)
+    return 1.0 + largest * np.sqrt(variance / rows) / mean
 
 
 def lengths_summary(lens: Sequence[int]) -> str:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from jmoe.planner.formulas import total_time
-from jmoe.planner.simulator import StageTimes, simulate
+from jmoe.planner.simulator import ConstantTimes, simulate
 from jmoe.schedule import build_schedule
 
 LAYERS = (1, 2, 5, 12)
@@ -21,6 +21,6 @@ def test_formula_agrees_with_the_simulator(kind, m):
     for layers in LAYERS:
         schedule = build_schedule(layers, m, directions)
         for expert_s, exchange_s in itertools.product(EXPERT, EXCHANGE):
-            report = simulate(schedule, StageTimes(1.0, expert_s, exchange_s), exchange_lanes=exchange_lanes)
+            report = simulate(schedule, ConstantTimes(1.0, expert_s, exchange_s), exchange_lanes=exchange_lanes)
             formula = float(total_time(kind, layers, m, 1.0, expert_s, exchange_s))
             assert report.total_s == pytest.approx(formula, rel=0.005), (layers, expert_s, exchange_s)
