@@ -51,8 +51,8 @@ class NetworkOptions:
       endpoints_per_leaf, uplink_gbps, oversubscription: a leaf has endpoints_per_leaf * nic_gbps / (oversubscription *
         uplink_gbps) uplinks (uplink_gbps None: nic_gbps).
       routing: "ecmp" hashes each queue pair to a path for ever; "adaptive" sends each chunk by the shortest local
-        queue; "probed" gives each queue pair probe_paths hashed paths and takes, for each message, the one whose last
-        probe had the shortest round trip.
+        queue; "probed" gives each queue pair probe_paths hashed paths, probes them when it starts a message (at most
+        every probe_interval_s), and sends its next message by the one with the shortest round trip.
       probe_paths, probe_interval_s: of "probed".
       reorder_s: added at the receiver to a message of which chunks came out of order.
       congestion: on an acknowledgement that carries a mark "back_off" halves the queue pair's rate, "switch_path" draws
@@ -87,7 +87,7 @@ class NetworkOptions:
     congestion: Literal["none", "back_off", "switch_path"] = "none"
     mark_s: float = 5e-6
     react_interval_s: float = 5e-6
-    recover: float = 0.05
+    recover: float = 0.01
     acks: Literal["behind_data", "prioritised"] = "prioritised"
     window_bytes: int | None = None
     posting: Literal["rotated", "same"] = "rotated"

@@ -35,6 +35,7 @@ class QueuePair:
     index: int
     thread: int
     path: int
+    next_path: int  # of the next message, as far as probes have told
     pieces: deque[Piece] = dataclasses.field(default_factory=deque)
     in_flight: int = 0
     rate: float = 1.0  # share of the NIC's rate
@@ -106,7 +107,8 @@ class NicSender:
             nic = key[0] * self._options.rails + key[2]
             thread = nic * self._options.nic_threads + self._num_connected[nic] % self._options.nic_threads
             self._num_connected[nic] += 1
-            self._queue_pairs[key] = QueuePair(*key, thread=thread, path=self._fabric.hashed_path(*key))
+            path = self._fabric.hashed_path(*key)
+            self._queue_pairs[key] = QueuePair(*key, thread=thread, path=path, next_path=path)
         return self._queue_pairs[key]
 
     def _pump(self, now: float, queue_pair: QueuePair) -> None:
@@ -129,7 +131,8 @@ class NicSender:
     def _send_chunk(self, now: float, queue_pair: QueuePair, piece: Piece) -> None:
         """Passes the next chunk of a piece through its NIC thread."""
         options = self._options
-        if piece.num_sent == 0:
+        if piece.num_sent == 0 and options.routing == "probed":
+            queue_pair.path = queue_pair.next_path
             self._probe(now, queue_pair)
         number = piece.num_sent
         num_bytes = min(options.chunk_bytes, piece.num_bytes - number * options.chunk_bytes)
@@ -160,16 +163,17 @@ class NicSender:
             queue_pair.path = self._random.randrange(self._options.num_paths)
 
     def _probe(self, now: float, queue_pair: QueuePair) -> None:
-        """Sends a probe down each candidate path; the answer counts once the slowest probe is back."""
+        """Sends a probe down each candidate path; the first answer to come back is the shortest round trip."""
         options = self._options
-        if options.routing != "probed" or now - queue_pair.last_probe < options.probe_interval_s:
+        if now - queue_pair.last_probe < options.probe_interval_s:
             return
         queue_pair.last_probe = now
         ends = queue_pair.sender, queue_pair.receiver, queue_pair.rail
-        candidates = {self._fabric.hashed_path(*ends, queue_pair.index, i) for i in range(options.probe_paths)}
-        round_trip = {path: self._round_trip(now, *ends, path) for path in sorted(candidates)}
+        hashed = (self._fabric.hashed_path(*ends, queue_pair.index, i) for i in range(1, options.probe_paths))
+        candidates = dict.fromkeys((queue_pair.path, *hashed))  # the present path first: it stays unless one is better
+        round_trip = {path: self._round_trip(now, *ends, path) for path in candidates}
         best = min(round_trip, key=round_trip.__getitem__)
-        self._push(now + max(round_trip.values()), self._learn, (queue_pair, best))
+        self._push(now + round_trip[best], self._learn, (queue_pair, best))
 
     def _round_trip(self, now: float, sender: int, receiver: int, rail: int, path: int) -> float:
         route = self._fabric.route(sender, receiver, rail, path)
@@ -177,4 +181,4 @@ class NicSender:
 
     def _learn(self, now: float, found: tuple[QueuePair, int]) -> None:
         queue_pair, path = found
-        queue_pair.path = path
+        queue_pair.next_path = path
