@@ -55,7 +55,11 @@ def rank(frame: Any, objective: Objective, per_shape: bool = True) -> Any:
     good = frame[frame["status"] == "ok"].sort_values(
         [OBJECTIVES[objective], "num_gpus", "step_s"], ascending=[False, True, True]
     )
-    return good.drop_duplicates(list(SHAPE)) if per_shape else good
+    if not per_shape:
+        return good
+    good = good.drop_duplicates(list(SHAPE))
+    # Colocated cells of more hosts often do exactly the same a GPU; the smallest stands for them.
+    return good[~good.assign(value=good[OBJECTIVES[objective]].round(6)).duplicated(["mode", "value"])]
 
 
 def pareto(frame: Any, cost: str = "step_s", objective: Objective = "gpu") -> Any:
