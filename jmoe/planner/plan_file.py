@@ -67,11 +67,13 @@ class Plan:
         names = {field.name for field in dataclasses.fields(cls)}
         if set(data) != names:
             raise ValueError(f"plan file: expected the fields {', '.join(sorted(names))}, got {', '.join(data)}")
-        mesh = dict(data["mesh"])
+        fields: dict[str, Any] = data
+        mesh = dict(fields["mesh"])
         if mesh.get("placement") is not None:
             mesh["placement"] = ExpertPlacement.of(mesh["placement"]["nodes"])
         try:
-            return cls(**(data | {"mesh": MeshConfig(**mesh)}))
+            fields["mesh"] = MeshConfig(**mesh)
+            return cls(**fields)
         except TypeError as error:
             raise ValueError(f"plan file: expected the fields of MeshConfig in 'mesh', got {error}") from error
 

@@ -35,9 +35,9 @@ def to_frame(parts: list[dict[str, Any]], problem: Problem) -> Any:
     }
     for name in ("price", "watts"):
         values = {kind: getattr(problem.catalogue[kind], name) for kind in problem.pool}
-        columns[name] = sum(
-            columns[f"{role}_gpus"] * np.array([values[kind] for kind in columns[f"{role}_gpu"]])
-            for role in ("attention", "expert")
+        each = {role: np.array([values[kind] for kind in columns[f"{role}_gpu"]]) for role in ("attention", "expert")}
+        columns[name] = (
+            columns["attention_gpus"] * each["attention"] + columns["expert_gpus"] * each["expert"]
         )
     columns["num_gpus"] = columns["attention_gpus"] + columns["expert_gpus"]
     ok = columns["status"] == "ok"
