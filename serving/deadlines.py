@@ -12,7 +12,8 @@ class Deadlines:
       init_s: joining jax.distributed and bringing devices up.
       load_s: reading a checkpoint.
       compile_s: one program.
-      step_s: one call (a prefill chunk, or num_steps decode steps).
+      first_step_s: a program's first call, in which collectives connect to their peers.
+      step_s: one later call (a prefill chunk, or num_steps decode steps).
       heartbeat_s: silence of a worker while idle or in a step.
       busy_heartbeat_s: silence while it starts, loads or compiles, which may hold Python's lock for long.
       stop_s: leaving after a stop command.
@@ -23,6 +24,7 @@ class Deadlines:
     init_s: float = 120.0
     load_s: float = 1800.0
     compile_s: float = 900.0
+    first_step_s: float = 60.0
     step_s: float = 10.0
     heartbeat_s: float = 7.0
     busy_heartbeat_s: float = 60.0

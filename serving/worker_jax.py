@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from jmoe.cell_config import CellConfig
 
@@ -49,9 +49,23 @@ def start_jax_runtime(init: Mapping[str, Any]) -> "Runtime":
             f"worker {init['process_id']}: expected {init['num_devices']} devices here and {cell.mesh.num_devices} in "
             f"the cell, got {jax.local_device_count()} and {len(devices)} ({devices[0].platform})"
         )
-    from jmoe.cell_runtime import CellRuntime
+    return _CheckpointRuntime(cell, devices, init["role"])
 
-    return CellRuntime(cell, devices, role=init["role"])
+
+class _CheckpointRuntime:
+    """CellRuntime, fed from a checkpoint folder."""
+
+    def __init__(self, cell: CellConfig, devices: Sequence[Any], role: Literal["attention", "expert"]):
+        from jmoe.cell_runtime import CellRuntime
+
+        self._cell = cell
+        self._runtime = CellRuntime(cell, devices, role)
+        self.compile, self.run = self._runtime.compile, self._runtime.run
+
+    def load(self, path: str, progress: Callable[[str], None]) -> None:
+        from jmoe.checkpoints.load import CheckpointReader
+
+        self._runtime.load(CheckpointReader(path, self._cell.model), progress)
 
 
 def _set_environment(platform: str) -> None:

@@ -62,6 +62,7 @@ class ProcessesExecutor:
         self.cell = cell
         self._deadlines = deadlines or Deadlines()
         self._compiled: set[ProgramKey] = set()
+        self._has_run: set[ProgramKey] = set()
         self._places = worker_places(cell.mesh, processes_per, platform, addresses)
         if addresses and not isinstance(checkpoint, (str, os.PathLike)):
             raise ValueError("checkpoint: expected a folder that every worker's host has, got a live model")
@@ -105,7 +106,9 @@ class ProcessesExecutor:
         expert = {"key": list(key)}
         attention = {**expert, "inputs": inputs.array}
         payloads = [attention if place.role == "attention" else expert for place in self._places]
-        replies = self._supervisor.call("run", payloads, self._deadlines.step_s)
+        limit_s = self._deadlines.step_s if key in self._has_run else self._deadlines.first_step_s
+        replies = self._supervisor.call("run", payloads, limit_s)
+        self._has_run.add(key)
         try:
             return _join_outputs(self.cell, key, replies)
         except (ValueError, KeyError, TypeError) as e:

@@ -124,7 +124,7 @@ def test_a_stopped_worker_is_noticed_while_idle(monkeypatch):
 @pytest.mark.parametrize("victim", ["0", "1"])
 def test_a_stuck_collective_passes_the_step_deadline(monkeypatch, victim):
     """The worker's main thread is stuck, its heartbeats go on: the deadline ends it."""
-    deadlines = dataclasses.replace(PATIENT, step_s=0.5)
+    deadlines = dataclasses.replace(PATIENT, first_step_s=0.5)
     executor = fake_executor(monkeypatch, {victim: {"run": "hang"}}, deadlines=deadlines)
     try:
         pids = executor.worker_pids
@@ -137,7 +137,7 @@ def test_a_stuck_collective_passes_the_step_deadline(monkeypatch, victim):
 
 
 def test_a_worker_that_ignores_sigterm_is_killed(monkeypatch):
-    deadlines = dataclasses.replace(PATIENT, step_s=0.5)
+    deadlines = dataclasses.replace(PATIENT, first_step_s=0.5)
     executor = fake_executor(monkeypatch, {"1": {"run": "ignore_sigterm"}}, deadlines=deadlines)
     pids = executor.worker_pids
     with pytest.raises(StepTimeoutError):
