@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 from jmoe.cell_config import CellConfig
 from jmoe.config import ModelConfig
 from jmoe.serving.completions import Completion, OutputStream
-from jmoe.serving.engine import Engine, EngineConfig
+from jmoe.serving.engine import Engine
+from jmoe.serving.engine_config import EngineConfig
 from jmoe.serving.errors import CellFailedError, QueueFullError
 from jmoe.serving.executors.protocol import Executor, ProgramKey
 from jmoe.serving.metrics import Metrics
@@ -176,6 +177,9 @@ class Server:
         except QueueFullError:
             self.metrics.refused()
             raise
+        except CellFailedError as error:
+            failure = self.failure or error
+            raise type(failure)(str(failure)) from failure
 
     def abort(self, request_id: str) -> None:
         """Ends a request and frees its pages; one that is not there (any more) is no error."""

@@ -10,7 +10,7 @@ from fake_executor import FakeExecutor, expected_tokens, make_cell
 from tiny_tokenizer import CHAT_TEMPLATE, byte_level_backend
 
 import jmoe
-from jmoe.serving.engine import EngineConfig
+from jmoe.serving.engine_config import EngineConfig
 from jmoe.serving.errors import CellFailedError, EngineClosedError, QueueFullError, WorkerDiedError
 from jmoe.serving.metrics import Metrics
 from jmoe.serving.requests import FinishReason, RequestOutput, SamplingParams

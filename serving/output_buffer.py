@@ -1,0 +1,52 @@
+"""OutputBuffer: from the engine's thread to one client's coroutine, with a bound on the client's lag. No JAX."""
+
+import asyncio
+import collections
+from collections.abc import Callable
+
+from jmoe.serving.requests import RequestOutput
+
+
+class OutputBuffer:
+    """Outputs of one request that its client has not taken yet.
+
+    Args:
+      loop: of the coroutine that takes.
+      max_outputs: how many may wait; one more aborts the request.
+      abort: ends the request; called once, in the engine's thread.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, max_outputs: int, abort: Callable[[], object]):
+        self.overflowed = False
+        self._loop = loop
+        self._max_outputs = max_outputs
+        self._abort = abort
+        self._outputs: collections.deque[RequestOutput] = collections.deque()
+        self._event = asyncio.Event()
+
+    def put(self, output: RequestOutput) -> None:
+        """Takes an output, in the engine's thread."""
+        if self.overflowed:
+            return
+        if len(self._outputs) >= self._max_outputs and output.finish_reason is None:
+            self.overflowed = True
+            self._abort()
+        else:
+            self._outputs.append(output)
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._event.set)
+
+    async def take(self, timeout_s: float) -> list[RequestOutput]:
+        """All that has come since the last call; waits for the first. Empty after an overflow.
+
+        Raises:
+          TimeoutError: nothing came in time.
+        """
+        async with asyncio.timeout(timeout_s):
+            while not self._outputs and not self.overflowed:
+                self._event.clear()  # a put in another thread sets it from this loop, so after this line
+                await self._event.wait()
+        outputs = []
+        while self._outputs and not self.overflowed:
+            outputs.append(self._outputs.popleft())
+        return outputs
