@@ -1,6 +1,8 @@
 """CellRuntime: a cell's programs, weights and state on the devices that this process holds. Both executors use it."""
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jmoe.cell_config import CellConfig
+from jmoe.checkpoints.load import CheckpointReader
 from jmoe.decode_loop import CellProgram, DeviceState, Role
 from jmoe.device_params import DeviceParams, ParamSource
 from jmoe.errors import SequenceMismatchError
@@ -53,8 +56,15 @@ class CellRuntime:
     def has_attention(self) -> bool:
         return self.role != "expert"
 
-    def load(self, source: ParamSource, progress: Callable[[str], None]) -> None:
-        """Places this process's share of the weights, and an empty KV cache."""
+    def load(self, source: ParamSource | str | os.PathLike[str], progress: Callable[[str], None]) -> None:
+        """Places this process's share of the weights, and an empty KV cache.
+
+        Args:
+          source: a Hugging Face checkpoint folder, or anything that parameters can be read from.
+          progress: gets a line now and then.
+        """
+        if isinstance(source, (str, os.PathLike)):
+            source = CheckpointReader(source, self.cell.model)
         if self.role != "expert":
             self._attention = self._params.place("attention", source, progress)
         if self.role != "attention":
@@ -64,12 +74,12 @@ class CellRuntime:
             pages=self._empty_pages() if self.has_attention else None,
         )
 
-    def compile(self, key: Key) -> None:
-        """Compiles a program for this process's devices, once."""
-        key = (key[0], key[1])
-        if key in self._programs:
-            return
-        self._programs[key] = self.lower(key).compile()
+    def compile(self, *keys: Key) -> None:
+        """Compiles programs for this process's devices, each once, several at a time (XLA leaves Python's lock)."""
+        wanted = [key for key in dict.fromkeys((k[0], k[1]) for k in keys) if key not in self._programs]
+        lowered = [self.lower(key) for key in wanted]
+        with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
+            self._programs |= dict(zip(wanted, pool.map(lambda l: l.compile(), lowered), strict=True))
 
     def lower(self, key: Key) -> jax.stages.Lowered:
         """The program, traced for this role and not yet compiled."""
@@ -148,7 +158,8 @@ class CellRuntime:
         parts = [
             inputs[i // mesh.attention_tensor][None] if mesh.role(i) == "attention" else idle for i, _ in self._local
         ]
-        return from_shards(self.mesh, dict(zip((d for _, d in self._local), jax.device_put(parts, [d for _, d in self._local]), strict=True)))  # fmt: skip  # noqa: E501
+        devices = [device for _, device in self._local]
+        return from_shards(self.mesh, dict(zip(devices, jax.device_put(parts, devices), strict=True)))
 
     def _check(self, fault: jax.Array) -> None:
         for shard in fault.addressable_shards:
@@ -156,7 +167,8 @@ class CellRuntime:
             if expected >= 0:
                 index = shard.index[0].start or 0
                 raise SequenceMismatchError(
-                    f"{self.cell.mesh.role(index)} device {index}: an exchange carried sequence number {got}, expected {expected}"
+                    f"{self.cell.mesh.role(index)} device {index}: expected an exchange with sequence number "
+                    f"{expected}, got {got}"
                 )
 
     def _of_replicas(self, array: jax.Array) -> list[np.ndarray]:

@@ -1,0 +1,54 @@
+"""Which executor runs a cell, and on what kind of device. Starts no JAX backend unless the answer is `inline`."""
+
+import importlib.util
+import os
+import pathlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from jmoe.cell_config import CellConfig
+from jmoe.serving.executors.protocol import Executor
+
+if TYPE_CHECKING:
+    from jmoe.models.model import Model
+
+
+def detect_platform() -> Literal["cpu", "gpu"]:
+    """ "gpu" where JAX_PLATFORMS allows it, a CUDA plugin is installed and an NVIDIA device is there."""
+    allowed = os.environ.get("JAX_PLATFORMS", "")
+    if allowed and not any(name in allowed for name in ("cuda", "gpu")):
+        return "cpu"
+    plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+    has_plugin = any(importlib.util.find_spec(name) is not None for name in plugins)
+    return "gpu" if has_plugin and pathlib.Path("/dev/nvidiactl").exists() else "cpu"
+
+
+def create_executor(
+    model: "str | os.PathLike[str] | Model",
+    cell: CellConfig,
+    kind: Literal["auto", "inline", "processes"] = "auto",
+    progress: Callable[[str], None] = lambda _: None,
+) -> Executor:
+    """Starts an executor and loads the model into it.
+
+    Args:
+      model: a Hugging Face checkpoint folder, or a live model.
+      cell: sizes and meshes.
+      kind: "processes" (a worker process a role: the default on GPUs), "inline" (this process: the default on CPU).
+      progress: gets a line for each stage.
+
+    Raises:
+      ValueError: too few devices, sizes that don't fit the model, or a checkpoint that does not match.
+      CellFailedError: a worker did not come up.
+    """
+    platform = detect_platform()
+    if kind == "auto":
+        kind = "processes" if platform == "gpu" else "inline"
+    progress(f"executor {kind} on {cell.mesh.num_devices} {platform} devices")
+    if kind == "processes":
+        from jmoe.serving.executors.processes import ProcessesExecutor
+
+        return ProcessesExecutor(cell, model, platform=platform, progress=progress)
+    from jmoe.serving.executors.inline import InlineExecutor
+
+    return InlineExecutor(cell, model, platform=platform, progress=progress)

@@ -1,0 +1,82 @@
+"""InlineExecutor: both roles on the devices of this process. For tests, laptops, notebooks, and one-process GPUs."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from jmoe.cell_config import CellConfig
+from jmoe.serving.executors.protocol import ProgramKey
+from jmoe.step_inputs import StepInputs, StepOutputs
+
+if TYPE_CHECKING:
+    from jmoe.models.model import Model
+
+
+class InlineExecutor:
+    """Runs the cell in this process (starts JAX here). See `Executor` for the methods.
+
+    Args:
+      cell: sizes and meshes.
+      model: a checkpoint folder, or a live model.
+      platform: "cpu" makes as many virtual devices as the meshes need, if JAX has not started yet.
+      progress: gets a line for each stage of loading.
+
+    Raises:
+      ValueError: fewer devices than the meshes need.
+    """
+
+    def __init__(
+        self,
+        cell: CellConfig,
+        model: "str | os.PathLike[str] | Model",
+        *,
+        platform: str = "cpu",
+        progress: Callable[[str], None] = lambda _: None,
+    ):
+        self.cell = cell
+        devices = _start_jax(platform, cell.mesh.num_devices)
+        from jmoe.cell_runtime import CellRuntime
+        from jmoe.device_params import ArraySource
+
+        self._runtime: CellRuntime | None = CellRuntime(cell, devices, "inline")
+        source = model if isinstance(model, (str, os.PathLike)) else ArraySource(*model.arrays_by_path())
+        self._runtime.load(source, progress)
+
+    def compile(self, keys: Sequence[ProgramKey], progress: Callable[[str], None]) -> None:
+        for key in keys:
+            progress(f"compiling {key.kind}, {'sampling' if key.sampling else 'greedy'}")
+        self._open().compile(*keys)
+
+    def run(self, key: ProgramKey, inputs: StepInputs) -> StepOutputs:
+        result = self._open().run((key.kind, key.sampling), inputs.array)
+        del result["replicas"]  # all of them, in order
+        return StepOutputs(**result)
+
+    def check(self) -> None:
+        """Nothing can fail between calls: there is no other process."""
+
+    def close(self) -> None:
+        self._runtime = None  # frees the weights and pages
+
+    def _open(self):
+        if self._runtime is None:
+            raise ValueError("InlineExecutor: expected an open executor, got a closed one")
+        return self._runtime
+
+
+def _start_jax(platform: str, num_devices: int):
+    """This process's devices; on CPU as many virtual ones as asked for, where JAX has not started yet."""
+    # XLA's CPU thread pool has one thread a core, and each virtual device blocks one in a collective: with fewer
+    # threads than devices a program waits for itself. XLA reads NPROC when its backend starts.
+    os.environ.setdefault("NPROC", str(max(16, 2 * num_devices)))
+    import jax
+
+    if platform == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+        if not jax._src.xla_bridge.backends_are_initialized():
+            jax.config.update("jax_num_cpu_devices", max(num_devices, jax.config.jax_num_cpu_devices))
+    devices = jax.devices()
+    if len(devices) < num_devices:
+        hint = "; JAX had started before, so no virtual devices could be added" if platform == "cpu" else ""
+        raise ValueError(f"MeshConfig: expected at least {num_devices} {platform} devices, got {len(devices)}{hint}")
+    return devices
