@@ -27,7 +27,7 @@ def to_frame(parts: list[dict[str, Any]], problem: Problem) -> Any:
     """One DataFrame from columns, with prices, watts and the throughput columns worked out."""
     pandas = _pandas()
     if not parts:
-        return pandas.DataFrame()
+        return pandas.DataFrame({"status": [], "mode": []})
     sizes = [np.size(part["rows"]) for part in parts]
     columns = {
         name: np.concatenate([np.broadcast_to(part[name], size) for part, size in zip(parts, sizes, strict=True)])
@@ -36,9 +36,7 @@ def to_frame(parts: list[dict[str, Any]], problem: Problem) -> Any:
     for name in ("price", "watts"):
         values = {kind: getattr(problem.catalogue[kind], name) for kind in problem.pool}
         each = {role: np.array([values[kind] for kind in columns[f"{role}_gpu"]]) for role in ("attention", "expert")}
-        columns[name] = (
-            columns["attention_gpus"] * each["attention"] + columns["expert_gpus"] * each["expert"]
-        )
+        columns[name] = columns["attention_gpus"] * each["attention"] + columns["expert_gpus"] * each["expert"]
     columns["num_gpus"] = columns["attention_gpus"] + columns["expert_gpus"]
     ok = columns["status"] == "ok"
     columns["tokens_s"] = np.where(ok, columns["batch"] / columns["step_s"], 0.0)
