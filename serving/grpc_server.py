@@ -17,6 +17,7 @@ from jmoe.serving.protos import jmoe_pb2, jmoe_pb2_grpc
 from jmoe.serving.server import Server
 
 SERVICE = jmoe_pb2.DESCRIPTOR.services_by_name["Generation"].full_name
+LOADING_THREAD = "jmoe-load"
 _Status = health_pb2.HealthCheckResponse
 _STOP_S = 2.0  # how long calls may still end by themselves once nothing runs
 _LINGER_S = 1.0  # how long a failed server still answers, so that health checks and clients hear why
@@ -174,7 +175,7 @@ class _Loading:
         self._load = load
         self._server: Server | None = None
         self._error: BaseException | None = None
-        threading.Thread(target=self._run, name="jmoe-load", daemon=True).start()
+        threading.Thread(target=self._run, name=LOADING_THREAD, daemon=True).start()
 
     def _run(self) -> None:
         try:

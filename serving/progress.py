@@ -49,6 +49,13 @@ class Progress:
                 self._share = share
                 self._write(f"{text}: {share:.0%}\n")
 
+    def report(self, share: float | None, text: str) -> None:
+        """Shows a step of which a share of 0 to 1 is done, or None where that is not known."""
+        if share is not None:
+            self.bar(text, round(share * 1000), 1000)
+        elif text != self._step:
+            self(text)
+
     def close(self) -> None:
         """Ends the step that is shown, with its time."""
         with self._lock:
