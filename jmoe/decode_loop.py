@@ -102,26 +102,28 @@ class CellProgram:
             if self.sampling and self.kind == "prefill":
                 counts = [c.with_chunk(*_chunk(r)) for c, r in zip(counts or [], rows, strict=True)]
             emitted = self._nothing()
-        start = (rows, list(state.pages or []), counts, emitted, Chain.start(state.sequence), jnp.int32(0))
+        no_fault = jnp.full((2,), -1, jnp.int32)
+        start = (rows, list(state.pages or []), counts, emitted, state.sequence, no_fault, jnp.int32(0))
 
         def step(k, carry):
-            rows, pages, counts, emitted, chain, dropped = carry
+            rows, pages, counts, emitted, sequence, fault, dropped = carry
             lanes = [attention.empty_lane() for _ in rows] if attention is not None else []
             work = Work(lanes, rows, pages)
-            chain = walk(self.schedule, cast, self.exchange, work, chain)
+            chain = walk(self.schedule, cast, self.exchange, work, Chain.start(sequence))
+            fault = jnp.where(fault[0] < 0, chain.fault(), fault)
             if attention is not None:
                 rows, counts, now = self._sample_all(cast, attention, work.lanes, rows, counts)
                 emitted = jax.tree.map(lambda whole, part: whole.at[k].set(part), emitted, now)
                 dropped = dropped + sum(lane.routes.num_dropped for lane in work.lanes)
-            return rows, work.pages, counts, emitted, chain, dropped
+            return rows, work.pages, counts, emitted, chain.sequence, fault, dropped
 
         if self.num_steps == 1:
             carry = step(0, start)
         else:
             carry = jax.lax.fori_loop(0, self.num_steps, step, start)
-        _, pages, counts, emitted, chain, dropped = carry
-        state = DeviceState(chain.sequence, pages if attention is not None else None, counts)
-        return state, emitted, chain.fault, dropped
+        _, pages, counts, emitted, sequence, fault, dropped = carry
+        state = DeviceState(sequence, pages if attention is not None else None, counts)
+        return state, emitted, fault, dropped
 
     def _nothing(self) -> Emitted:
         shape = (self.num_steps, self.cell.mesh.num_micro_batches, self.layout.num_rows)

@@ -19,24 +19,33 @@ from jmoe.sharding.rounds import Rounds, build_rounds
 SEQUENCE_MASK = 0x3FFFFFFF  # sequence numbers wrap here, far from int32's sign
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """What travels from exchange to exchange.
+    """What travels from exchange to exchange within one pass.
 
     Attributes:
-      sequence: int32, the number that the next exchange sends.
-      fault: int32 `[2]`, (expected, got) of the first mismatch, (-1, -1) while there is none.
+      base: int32, the number of the pass's first exchange; exchange n expects base + n. Counting from the base and not
+        from the number before keeps XLA from fusing the whole chain into every message (quadratic code).
+      count: exchanges so far.
+      sequence: int32, the number that the next exchange sends: out of the exchange before, so that it can't be dropped.
+      faults: int32 `[2]` each, (expected, got) of every exchange so far, (-1, -1) where they agreed.
       order: float32 zero with which training differentiates through the order (see `Exchange.__call__`).
     """
 
+    base: jax.Array
+    count: int
     sequence: jax.Array
-    fault: jax.Array
+    faults: tuple[jax.Array, ...]
     order: jax.Array
 
     @classmethod
     def start(cls, sequence: jax.Array, order: jax.Array | float = 0.0) -> "Chain":
-        return cls(sequence, jnp.full((2,), -1, jnp.int32), jnp.asarray(order, jnp.float32))
+        return cls(sequence, 0, sequence, (), jnp.asarray(order, jnp.float32))
+
+    def fault(self) -> jax.Array:
+        """`[2]` int32: (expected, got) of the first exchange that was out of step, (-1, -1) if none was."""
+        faults = jnp.stack(self.faults)
+        return faults[jnp.argmax(faults[:, 0] >= 0)]
 
 
 @jax.tree_util.register_dataclass
@@ -119,13 +128,14 @@ class Exchange:
         )  # fmt: skip
         local_idx, slot, num_rows, sequences = ints
         scheduled = self._receives(dispatch, combine)
-        expected = chain.sequence
+        expected = (chain.base + chain.count) & SEQUENCE_MASK
         wrong = scheduled & (sequences != expected)
-        bad = jnp.stack([expected, jnp.max(jnp.where(wrong, sequences, -1))])
-        fault = jnp.where((chain.fault[0] < 0) & wrong.any(), bad, chain.fault)
+        got = jnp.max(jnp.where(wrong, sequences, -1))
+        fault = jnp.where(wrong.any(), jnp.stack([expected, got]), -1)
         arrived = jnp.max(jnp.where(scheduled, sequences, -1))
         sequence = (jnp.where(scheduled.any(), arrived, expected) + 1) & SEQUENCE_MASK
-        return Box(*floats, local_idx, slot, num_rows), Chain(sequence, fault, order)
+        chain = Chain(chain.base, chain.count + 1, sequence, (*chain.faults, fault), order)
+        return Box(*floats, local_idx, slot, num_rows), chain
 
     def _receives(self, dispatch: bool, combine: bool) -> jax.Array:
         """[rounds] bool: rounds in which this device gets a message."""
