@@ -6,7 +6,7 @@ operations. The order of work comes from `jmoe.schedule.Schedule` and from nowhe
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -17,9 +17,36 @@ Lane = Literal["attention", "dispatch", "expert", "combine"]
 LANES: tuple[Lane, ...] = ("attention", "dispatch", "expert", "combine")
 
 
+class Carrier(Protocol):
+    """How one direction's exchanges of a pass move: `Transfer` in closed form, or messages through a network."""
+
+    def carry(
+        self, stage: Stage, start: np.ndarray, port_free: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Moves one stage's rows.
+
+        Args:
+          stage: whose rows.
+          start: `[C, senders]` when each sender starts.
+          port_free: `[C, receivers]` when each receiver can take rows in.
+
+        Returns:
+          `[C, senders]` when each sender has sent, `[C, receivers]` when each receiver has all its bytes, and how much
+          later they are usable (a scalar or `[C, 1]`).
+        """
+        ...
+
+    def busy_s(self) -> tuple[float, float]:
+        """Port seconds of the mean sender and of the mean receiver in the whole pass."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Transfer:
     """How long each end of one direction's exchanges is busy, for every stage of a pass.
+
+    A sender deals its bytes evenly over the receivers, so its last bytes for each of them leave together; a receiver's
+    port works from the first byte on and cannot finish before the slowest sender has.
 
     Attributes:
       send_s: `[L, m, C, senders]` a sender's port time: its messages one after the other.
@@ -30,6 +57,24 @@ class Transfer:
     send_s: np.ndarray
     receive_s: np.ndarray
     latency_s: np.ndarray
+
+    def carry(
+        self, stage: Stage, start: np.ndarray, port_free: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As in `Carrier`."""
+        index = stage.layer, stage.micro_batch
+        sent = start + self.send_s[index]
+        received = np.maximum(port_free, start.min(axis=1, keepdims=True)) + self.receive_s[index]
+        received = np.maximum(received, sent.max(axis=1, keepdims=True))
+        return sent, received, self.latency_s if self.latency_s.ndim == 0 else self.latency_s[index]
+
+    def busy_s(self) -> tuple[float, float]:
+        """As in `Carrier`."""
+        send, receive = self.send_s, self.receive_s
+        return (
+            float(send.sum() / (send.shape[2] * send.shape[3])),
+            float(receive.sum() / (receive.shape[2] * receive.shape[3])),
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,12 +89,31 @@ class PassTimes:
 
     attention_s: np.ndarray
     expert_s: np.ndarray
-    dispatch: Transfer
-    combine: Transfer
+    dispatch: Carrier
+    combine: Carrier
 
 
-# (lane, stage, start_s [C, devices], end_s [C, devices]); the devices are where the lane's work ends
-Recorder = Callable[[Lane, Stage, np.ndarray, np.ndarray], None]
+@dataclasses.dataclass(frozen=True, slots=True)
+class LaneEvent:
+    """One stage on one lane, over all devices of all cells.
+
+    Attributes:
+      start_s: `[C, devices]`; of an exchange, the senders.
+      end_s: `[C, devices]`; of an exchange, when the receivers can use their rows.
+      sent_s, port_free_s, received_s: of an exchange, when senders were done, when receivers could take rows in, and
+        when they had all bytes; None of a compute stage.
+    """
+
+    lane: Lane
+    stage: Stage
+    start_s: np.ndarray
+    end_s: np.ndarray
+    sent_s: np.ndarray | None = None
+    port_free_s: np.ndarray | None = None
+    received_s: np.ndarray | None = None
+
+
+Recorder = Callable[[LaneEvent], None]
 
 
 class LaneWalker:
@@ -117,14 +181,14 @@ class LaneWalker:
         end = start + attention_s[stage.layer, stage.micro_batch]
         self._attention_free = self._attention_end[stage.micro_batch] = end
         if record is not None:
-            record("attention", stage, start, end)
+            record(LaneEvent("attention", stage, start, end))
 
     def _expert(self, stage: Stage, expert_s: np.ndarray, record: Recorder | None) -> None:
         start = np.maximum(self._expert_free, self._dispatched[stage.micro_batch])
         end = start + expert_s[stage.layer, stage.micro_batch]
         self._expert_free = self._expert_end[stage.micro_batch] = end
         if record is not None:
-            record("expert", stage, start, end)
+            record(LaneEvent("expert", stage, start, end))
 
     def _exchange(
         self, dispatch: Stage | None, combine: Stage | None, times: PassTimes, record: Recorder | None
@@ -144,39 +208,24 @@ class LaneWalker:
         if self._chain:
             self._dispatch_ports, self._combine_ports = (attention_done, expert_done), (expert_done, attention_done)
 
-    def _dispatch(self, stage: Stage, transfer: Transfer, record: Recorder | None) -> tuple[np.ndarray, np.ndarray]:
+    def _dispatch(self, stage: Stage, carrier: Carrier, record: Recorder | None) -> tuple[np.ndarray, np.ndarray]:
         """Moves rows to the experts; when the call is over on the attention and on the expert devices."""
-        ready = self._attention_end[stage.micro_batch]
-        start, sent, received, latency_s = _transfer(stage, transfer, ready, self._dispatch_ports)
+        start = np.maximum(self._attention_end[stage.micro_batch], self._dispatch_ports[0])
+        port_free = self._dispatch_ports[1]
+        sent, received, latency_s = carrier.carry(stage, start, port_free)
         arrived = self._dispatched[stage.micro_batch] = received + latency_s
         self._dispatch_ports = (sent, received)
         if record is not None:
-            record("dispatch", stage, start, arrived)
+            record(LaneEvent("dispatch", stage, start, arrived, sent, port_free, received))
         return sent + latency_s, arrived
 
-    def _combine(self, stage: Stage, transfer: Transfer, record: Recorder | None) -> tuple[np.ndarray, np.ndarray]:
+    def _combine(self, stage: Stage, carrier: Carrier, record: Recorder | None) -> tuple[np.ndarray, np.ndarray]:
         """Moves rows back; when the call is over on the expert and on the attention devices."""
-        ready = self._expert_end[stage.micro_batch]
-        start, sent, received, latency_s = _transfer(stage, transfer, ready, self._combine_ports)
+        start = np.maximum(self._expert_end[stage.micro_batch], self._combine_ports[0])
+        port_free = self._combine_ports[1]
+        sent, received, latency_s = carrier.carry(stage, start, port_free)
         arrived = self._combined[stage.micro_batch] = received + latency_s
         self._combine_ports = (sent, received)
         if record is not None:
-            record("combine", stage, start, arrived)
+            record(LaneEvent("combine", stage, start, arrived, sent, port_free, received))
         return sent + latency_s, arrived
-
-
-def _transfer(
-    stage: Stage, transfer: Transfer, ready: np.ndarray, ports: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """One direction: (start, sent) per sender, the last byte's arrival per receiver, and the latency.
-
-    A sender deals its bytes evenly over the receivers, so its last bytes for each of them leave together; a receiver's
-    port works from the first byte on and cannot finish before the slowest sender has.
-    """
-    index = stage.layer, stage.micro_batch
-    latency = transfer.latency_s if transfer.latency_s.ndim == 0 else transfer.latency_s[index]
-    start = np.maximum(ready, ports[0])
-    sent = start + transfer.send_s[index]
-    port_start = np.maximum(ports[1], start.min(axis=1, keepdims=True))
-    received = np.maximum(port_start + transfer.receive_s[index], sent.max(axis=1, keepdims=True))
-    return start, sent, received, latency

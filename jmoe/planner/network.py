@@ -1,7 +1,7 @@
 """Event simulation of messages between endpoints: chunks through NIC threads, NICs, leaves and spines. No JAX.
 
 Exact for what `NetworkOptions` describes: every chunk of every message is an event at every link. For thousands of
-devices over many iterations see `jmoe.planner.exchange_model`, which takes its numbers from here.
+devices over many iterations see `jmoe.planner.exchange_times`, which takes its numbers from here.
 """
 
 import heapq

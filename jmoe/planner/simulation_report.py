@@ -48,7 +48,8 @@ class SimulationReport:
       tpot_s: `[intervals, m, C, M]` time between two tokens of a request, by micro-batch and attention replica.
       lane_utilisation: share of total_s in which a lane is busy, mean over its devices (for the exchanges: over the
         busier end of the two).
-      time_share: where the attention devices' time went, summing to 1, by `TIME_KINDS`; empty without events.
+      time_share: what the critical path of the recorded iterations did, shares summing to 1 by `CRITICAL_KINDS` (of the
+        first cell); empty without events.
       events: the first cell's recorded iterations, or None.
     """
 

@@ -149,15 +149,8 @@ def simulate(
 
 def _busy(times: PassTimes) -> np.ndarray:
     """Seconds in which the mean device of each end of each lane is busy in one pass."""
-    parts = (
-        times.attention_s,
-        times.expert_s,
-        times.dispatch.send_s,
-        times.dispatch.receive_s,
-        times.combine.send_s,
-        times.combine.receive_s,
-    )
-    return np.array([p.sum() / (p.shape[2] * p.shape[3]) for p in parts])
+    compute = [p.sum() / (p.shape[2] * p.shape[3]) for p in (times.attention_s, times.expert_s)]
+    return np.array([*compute, *times.dispatch.busy_s(), *times.combine.busy_s()])
 
 
 def _utilisation(busy: np.ndarray, total_s: float) -> dict[Lane, float]:
