@@ -21,7 +21,6 @@ class Client:
         self._then = then
 
     def __call__(self, output):
-        assert not self.done.is_set(), "an output after the last one"
         self.outputs.append(output)
         self.threads.add(threading.current_thread())
         if self._then is not None:
@@ -39,7 +38,7 @@ class Client:
 
     @property
     def last(self):
-        assert self.done.is_set(), "no last output"
+        assert [o.finish_reason is not None for o in self.outputs] == [False] * (len(self.outputs) - 1) + [True]
         return self.outputs[-1]
 
 

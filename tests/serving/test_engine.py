@@ -133,6 +133,7 @@ def test_a_stop_string_ends_text_and_tokens_at_the_same_place_whatever_the_call_
         assert client.text == text[: text.index(stop)]
         assert client.tokens == full[:end] and client.last.finish_reason is FinishReason.STOP
         assert client.last.num_output_tokens == len(client.tokens) == engine.stats()["output_tokens"]
+        assert engine.stats()["decode_calls"] == -(-(end - 1) // num_steps)
 
 
 def test_text_held_back_for_a_stop_string_comes_when_the_request_ends():
@@ -154,7 +155,7 @@ def test_a_stop_string_in_the_last_piece_of_a_finished_request_is_found():
 
 
 def test_logprobs_come_for_every_token_with_as_many_neighbours_as_asked_for():
-    cell = make_cell(num_top_logprobs=5)
+    cell = make_cell(micro_batches=1, rows=3, num_top_logprobs=5)
     params = [SamplingParams(max_tokens=9, ignore_eos=True, logprobs=num) for num in (0, 3, None)]
     clients, _ = run(cell, [(prompt_of(7, i), p) for i, p in enumerate(params)])
     for client, num in zip(clients[:2], (0, 3), strict=True):

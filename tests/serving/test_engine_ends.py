@@ -86,6 +86,7 @@ def test_a_client_that_raises_loses_its_request_and_nothing_else():
     assert fine.tokens == expected_tokens([6], GREEDY, engine.cell)
     stats = engine.stats()
     assert stats["callback_errors"] == 1 and stats["used_pages"] == 0 and not engine.abort("broken")
+    assert [rows for _, rows in engine.executor.calls] == [2, 1, 1, 1, 1, 1]
 
 
 def test_text_that_can_not_be_made_ends_one_request_with_an_error():
@@ -226,7 +227,9 @@ def test_close_ends_running_and_waiting_requests_and_refuses_new_ones(start_engi
 
 def test_close_does_not_wait_for_ever_for_a_call_that_hangs(start_engine):
     gate = threading.Event()
-    engine = start_engine(FakeExecutor(make_cell(), gate=gate), EngineConfig(close_timeout_s=0.05))
+    heard = []
+    executor = FakeExecutor(make_cell(), 0, WorkerDiedError("killed at last"), gate)
+    engine = start_engine(executor, EngineConfig(close_timeout_s=0.05), heard.append)
     client = Client()
     engine.submit([5], GREEDY, client)
     assert engine.executor.entered.wait(10)
@@ -234,7 +237,7 @@ def test_close_does_not_wait_for_ever_for_a_call_that_hangs(start_engine):
     assert isinstance(client.last.error, StepTimeoutError) and isinstance(engine.failure, StepTimeoutError)
     gate.set()
     engine._thread.join(10)
-    assert len(client.outputs) == 1
+    assert len(client.outputs) == 1 and heard == [engine.failure] and "took over 0.05 s" in str(engine.failure)
 
 
 def test_close_before_start_ends_what_waits():

@@ -123,6 +123,31 @@ def test_the_latest_arrival_gives_its_pages_back_and_stands_first_in_the_queue()
     assert old.num_admissions == 1 and young.num_admissions >= 2
 
 
+def test_a_shortage_in_one_replica_leaves_the_other_alone():
+    scheduler = Scheduler(make_cell(2, 1, rows=2, num_pages=17, page_len=4, max_len=64))
+    requests = [add(scheduler, i, num_prompt=20, max_tokens=max_tokens) for i, max_tokens in enumerate((40, 6, 40, 2))]
+    step(scheduler)
+    assert [request.slot.replica for request in requests] == [0, 1, 0, 1]
+    tail = add(scheduler, "tail", num_prompt=4, max_tokens=40)
+    while scheduler.num_preemptions == 0:
+        step(scheduler)
+    assert tail.slot.replica == 1 and list(scheduler.waiting) == [requests[2]]
+
+
+def test_decode_that_preempts_itself_leaves_only_prefill_that_still_has_its_slot():
+    """`middle` decodes and takes 5 pages a call; `late` gives up 4, which is not enough, so both must go."""
+    cell = make_cell(micro_batches=3, rows=1, page_len=1, chunk_len=1, num_steps=5, max_len=30, num_pages=36)
+    scheduler = Scheduler(cell)
+    early = add(scheduler, "early", num_prompt=20, max_tokens=5)
+    add(scheduler, "middle", num_prompt=1, max_tokens=20)
+    add(scheduler, "late", num_prompt=4, max_tokens=5)
+    calls = [step(scheduler) for _ in range(6)]
+    assert [call.kind[0] for call in calls] == ["p", "d", "p", "d", "p", "p"]
+    assert scheduler.num_preemptions == 2 and names(calls[-1]) == ["early"]
+    run_all(scheduler)
+    assert early.num_admissions == 1
+
+
 def test_a_preempted_request_samples_again_only_after_all_of_its_tokens():
     scheduler = Scheduler(make_cell(micro_batches=1, rows=2, num_pages=17, page_len=4, max_len=64, chunk_len=8))
     add(scheduler, "old", num_prompt=20, max_tokens=30)
