@@ -238,7 +238,7 @@ class Supervisor:
             if kind == "done":
                 call.replies[index] = message.get("value")
             else:
-                call.progress.append(f"{worker.place.role}: {message.get('text')}")
+                call.progress.append(f"{worker.place.name}: {message.get('text')}")
             if kind == "progress" or len(call.replies) == len(self._workers):
                 self._changed.notify_all()
 

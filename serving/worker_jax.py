@@ -65,7 +65,11 @@ class _CheckpointRuntime:
     def load(self, path: str, progress: Callable[[str], None]) -> None:
         from jmoe.checkpoints.load import CheckpointReader
 
-        self._runtime.load(CheckpointReader(path, self._cell.model), progress)
+        reader = CheckpointReader(path, self._cell.model)
+        try:
+            self._runtime.load(reader, progress)
+        finally:
+            reader.files.close()  # unmapped: a handover in shared memory is freed when its folder goes
 
 
 def _set_environment(platform: str) -> None:

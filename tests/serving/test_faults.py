@@ -9,6 +9,7 @@ import os
 import pathlib
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import textwrap
@@ -16,13 +17,22 @@ import threading
 import time
 
 import pytest
-from worker_cell import DECODE, PATIENT, all_gone, fake_executor, is_alive
+from worker_cell import DECODE, FAKE_COMMAND, PATIENT, all_gone, fake_executor, is_alive, tiny_cell
 
 from jmoe.serving import errors
 from jmoe.serving.errors import CellFailedError, SequenceMismatchError, StepTimeoutError, WorkerDiedError
-from jmoe.serving.wire import Channel, WireError
+from jmoe.serving.wire import Channel, WireError, handshake
 from jmoe.step_inputs import StepInputs
 
+INIT = {
+    "number": 1,
+    "kind": "init",
+    "cell": tiny_cell().to_dict(),
+    "role": "attention",
+    "process_id": 0,
+    "num_processes": 2,
+    "num_devices": 2,
+}
 HANG_BOTH = {"0": {"run": "hang"}, "1": {"run": "hang"}}  # a run that lasts until somebody ends it
 
 
@@ -252,6 +262,70 @@ def test_strangers_on_the_port_are_dropped(monkeypatch):
         executor.close()
         for stranger in strangers:
             stranger.close()
+
+
+@pytest.fixture
+def bare_worker(monkeypatch):
+    """A fake worker whose parent is this test itself: (its process, a channel past the handshake)."""
+    monkeypatch.setenv("FAKE_WORKER", "{}")
+    monkeypatch.setenv("JMOE_WORKER_TOKEN", "the token of this cell")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(60)
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        process = subprocess.Popen([*FAKE_COMMAND, "--connect", address], stderr=subprocess.PIPE, text=True)
+        channel = Channel(server.accept()[0])
+    handshake(channel, "the token of this cell", "parent", {}, 30)
+    yield process, channel
+    channel.close()
+    process.kill()
+    process.stderr.close()
+    process.wait()
+
+
+def answer_of(channel: Channel) -> dict:
+    while (message := channel.receive(time.monotonic() + 30))["kind"] in ("alive", "progress"):
+        pass
+    return message
+
+
+@pytest.mark.parametrize(
+    ("commands", "sentence"),
+    [
+        ([{"number": 2, "kind": "init"}], "command number: expected 1, got 2"),
+        ([{"kind": "init"}], "command number: expected 1, got None"),
+        ([{"number": 1, "kind": "run", "key": ["decode", False]}], "expected 'init' first"),
+        ([INIT, {"number": 3, "kind": "load", "path": "/x"}], "command number: expected 2, got 3"),
+        ([INIT, {"number": 2, "kind": "load", "path": "/x"}, INIT], "command number: expected 3, got 1"),
+        ([INIT, {"number": 2, "kind": "reboot"}], "expected init, load, compile, run or stop, got 'reboot'"),
+    ],
+)
+def test_a_worker_refuses_commands_out_of_order(bare_worker, commands, sentence):
+    _, channel = bare_worker
+    for command in commands[:-1]:
+        channel.send(command)
+        assert answer_of(channel)["kind"] == "done"
+    channel.send(commands[-1])
+    answer = answer_of(channel)
+    assert (answer["kind"], answer["error"]) == ("failed", "SequenceMismatchError")
+    assert sentence in answer["text"] and answer["number"] == commands[-1].get("number")
+
+
+@pytest.mark.parametrize("frame", [struct.pack(">I", (64 << 20) + 1), struct.pack(">I", 1) + b"\xc1"])
+def test_a_worker_ends_when_its_parent_sends_nonsense(bare_worker, frame):
+    process, channel = bare_worker
+    channel.send_frame(frame)
+    assert process.wait(30) == 3
+    assert "sent what it may not: WireError" in process.stderr.read()
+
+
+def test_a_worker_without_the_right_token_gives_up():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(60)
+        command = [*FAKE_COMMAND, "--connect", f"127.0.0.1:{server.getsockname()[1]}"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "FAKE_WORKER": "{}"})
+        assert process.wait(30) == 2, "no token at all"
+        assert "expected at least 16 characters, got 0" in process.stderr.read()
+        process.stderr.close()
 
 
 @pytest.mark.parametrize("state", ["idle", "stuck", "stopped"])

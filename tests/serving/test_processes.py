@@ -53,7 +53,8 @@ def test_calls_reach_every_worker_and_replicas_come_back_in_order(monkeypatch, p
         executor.check()
     finally:
         executor.close()
-    assert "attention: read /some/checkpoint" in lines and "expert: read /some/checkpoint" in lines
+    assert "worker 0 (attention): read /some/checkpoint" in lines
+    assert f"worker {len(executor.worker_pids) - 1} (expert): read /some/checkpoint" in lines
     assert "compiling decode (greedy)" in lines
 
 

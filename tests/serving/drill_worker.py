@@ -1,0 +1,22 @@
+"""A real JAX worker that puts its first device out of step before its third call; for the test of that fault alone."""
+
+from jmoe.serving import worker
+from jmoe.serving.worker_jax import start_jax_runtime
+
+
+class Drill:
+    def __init__(self, init):
+        self.inner, self.calls = start_jax_runtime(init), 0
+        self.load, self.compile = self.inner.load, self.inner.compile
+        self.role = init["role"]
+
+    def run(self, key, inputs):
+        self.calls += 1
+        if self.calls == 3 and self.role == "expert":
+            runtime = self.inner._runtime
+            runtime.set_sequence(runtime.cell.mesh.num_attention_devices, 12345)
+        return self.inner.run(key, inputs)
+
+
+if __name__ == "__main__":
+    worker.main(runtime_factory=Drill)
