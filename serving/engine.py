@@ -247,15 +247,15 @@ class Engine:
 
     def _fail(self, error: BaseException) -> None:
         """Closes the engine for good: health hears of it first, then every request, with the typed error."""
-        failure = error
+        failure, unknown = error, None
         if not isinstance(failure, CellFailedError):
-            failure = CellFailedError(f"{type(error).__name__}: {error}")
+            failure, unknown = CellFailedError(f"{type(error).__name__}: {error}"), error
             failure.__cause__ = error
         with self._changed:
             if self.failure is not None:
                 return
             self.failure, self._state = failure, "closed"
-        _log.error("the cell failed: %s", failure, exc_info=error)
+        _log.error("the cell failed: %s", failure, exc_info=unknown)  # a typed error says it all in one line
         if self._on_failure is not None:
             try:
                 self._on_failure(failure)
