@@ -10,6 +10,7 @@ from jmoe.planner.decode_batch import DecodeBatch
 from jmoe.planner.exchange_times import ExchangeTimes
 from jmoe.planner.lanes import Carrier, PassTimes
 from jmoe.planner.message_transfer import MessageTransfer
+from jmoe.planner.network import Network
 from jmoe.planner.network_options import NetworkOptions
 from jmoe.planner.performance import StageTimes
 from jmoe.planner.routing import NodeTraffic, Routing, count_rows, draw_topk
@@ -103,10 +104,11 @@ class DecodeModel:
         slow_a = self.attention_stragglers.factors(rng, cells, self.attention, self.attention_tensor)
         slow_e = self.expert_stragglers.factors(rng, cells, self.expert, self.expert_tensor)
         local = np.array([len(node) for node in self.placement.nodes])
+        networks = self._networks(seed)
         while True:
             attention_s = self._attention_s(layers, batch.mean_context()) * slow_a
             self.attention_stragglers.add_hiccups(rng, attention_s, self.attention_tensor)
-            pairs, dispatch, combine = self._exchange(rng, m, popularity, traffic)
+            pairs, dispatch, combine = self._exchange(rng, m, popularity, traffic, networks)
             expert_s = np.asarray(self.stage_times.expert_s(pairs, local, self.expert_tensor)) * slow_e
             self.expert_stragglers.add_hiccups(rng, expert_s, self.expert_tensor)
             yield PassTimes(attention_s, expert_s, dispatch, combine)
@@ -122,19 +124,37 @@ class DecodeModel:
         result[layers] = times.head_s(self.rows, tensor)
         return result
 
+    def _networks(self, seed: int) -> tuple[list[Network], list[Network]]:
+        """A network a cell and direction, where messages are simulated."""
+        if not isinstance(self.exchange, NetworkOptions):
+            return [], []
+        devices, seeds = self.attention + self.expert, range(seed * self.num_cells, (seed + 1) * self.num_cells)
+        dispatch, combine = ([Network(self.exchange, devices, s) for s in seeds] for _ in range(2))
+        return dispatch, combine
+
     def _exchange(
-        self, rng: np.random.Generator, m: int, popularity: np.ndarray, traffic: NodeTraffic
+        self,
+        rng: np.random.Generator,
+        m: int,
+        popularity: np.ndarray,
+        traffic: NodeTraffic,
+        networks: tuple[list[Network], list[Network]],
     ) -> tuple[np.ndarray, Carrier, Carrier]:
         """(token, expert) pairs per node `[L, m, C, N]`, and how rows go out and come back."""
         if isinstance(self.exchange, NetworkOptions):
-            return self._messages(rng, m, popularity, self.exchange)
+            return self._messages(rng, m, popularity, self.exchange, networks)
         received, pairs = traffic.draw(rng, m, self.num_cells, self.attention * self.rows)
         share = received.sum(axis=-1, keepdims=True) / self.attention  # a sender's part of all rows, in the mean
         sent = np.broadcast_to(share, (*share.shape[:3], self.attention))
         return pairs, *self.exchange.transfers(rng, sent, received, self.attention_tensor, self.expert_tensor)
 
     def _messages(
-        self, rng: np.random.Generator, m: int, popularity: np.ndarray, options: NetworkOptions
+        self,
+        rng: np.random.Generator,
+        m: int,
+        popularity: np.ndarray,
+        options: NetworkOptions,
+        networks: tuple[list[Network], list[Network]],
     ) -> tuple[np.ndarray, Carrier, Carrier]:
         shape = len(popularity), m, self.num_cells
         rows = np.empty((*shape, self.attention, self.expert), np.int64)
@@ -144,7 +164,6 @@ class DecodeModel:
             topk_idx = draw_topk(rng, popularity[index[0]], len(replica), self.num_experts_per_tok)
             rows[index], pairs[index] = count_rows(rng, topk_idx, replica, self.placement, self.attention)
         num_bytes = -(-rows * self.row_bytes // self.attention_tensor)
-        seed = int(rng.integers(2**31))
-        dispatch = MessageTransfer(options, num_bytes, 0, self.attention, seed)
-        combine = MessageTransfer(options, num_bytes.swapaxes(-1, -2), self.attention, 0, seed)
+        dispatch = MessageTransfer(options, networks[0], num_bytes, 0, self.attention)
+        combine = MessageTransfer(options, networks[1], num_bytes.swapaxes(-1, -2), self.attention, 0)
         return pairs, dispatch, combine

@@ -1,6 +1,7 @@
 """Exchanges message by message through the simulated network, for small cells. No JAX."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,21 +15,21 @@ from jmoe.schedule import Stage
 class MessageTransfer:
     """One direction of a pass as messages; a `Carrier` for `jmoe.planner.lanes`.
 
-    Every exchange starts on an idle network (in the chain the one before has ended). One rank of every tensor group is
-    simulated: the other ranks do the same on NICs of their own.
+    One rank of every tensor group is simulated: the other ranks do the same on NICs of their own. The two directions
+    have networks of their own: links are full duplex, but data of one direction doesn't delay the other's.
 
     Attributes:
-      options: the network.
+      options: of the networks.
+      networks: one a cell, kept from pass to pass (connections keep their paths).
       num_bytes: `[L, m, C, senders, receivers]` of one rank's messages.
       first_sender, first_receiver: endpoint ids of the first of each.
-      seed: of paths and stalls.
     """
 
     options: NetworkOptions
+    networks: Sequence[Network]
     num_bytes: np.ndarray
     first_sender: int
     first_receiver: int
-    seed: int = 0
 
     def carry(
         self, stage: Stage, start: np.ndarray, port_free: np.ndarray
@@ -43,8 +44,7 @@ class MessageTransfer:
             messages = many_to_many(cell_sizes, senders, receivers, start[cell], self.options.posting)
             open_s = port_free[cell][messages.receiver - self.first_receiver]
             messages = dataclasses.replace(messages, ready_s=np.maximum(messages.ready_s, open_s))
-            network = Network(self.options, num_senders + num_receivers, self.seed + cell)
-            arrived = network.run(messages).arrived_s
+            arrived = self.networks[cell].run(messages).arrived_s
             np.maximum.at(sent[cell], messages.sender - self.first_sender, arrived)
             np.maximum.at(received[cell], messages.receiver - self.first_receiver, arrived)
         return sent, received, np.zeros(())

@@ -70,14 +70,14 @@ def many_to_many(
       num_bytes: `[senders, receivers]`.
       senders, receivers: endpoint ids.
       ready_s: `[senders]` or one time.
-      posting: "rotated" starts sender i at receiver i (no two senders at one receiver while sizes are equal), "same"
-        starts all senders at receiver 0 (incast).
+      posting: "rotated" starts sender i of M at receiver i * N // M of N, so that receivers share the load at every
+        moment; "same" starts all senders at receiver 0 (incast).
 
     Returns:
       The messages, each sender's in the order in which it posts them.
     """
     num_senders, num_receivers = num_bytes.shape
-    first = np.arange(num_senders)[:, None] * (posting == "rotated")
+    first = np.arange(num_senders)[:, None] * num_receivers // num_senders * (posting == "rotated")
     order = (first + np.arange(num_receivers)[None, :]) % num_receivers
     sizes = np.take_along_axis(num_bytes, order, axis=1)
     sender = np.broadcast_to(np.asarray(senders)[:, None], order.shape)

@@ -63,7 +63,8 @@ class NetworkOptions:
       acks: "behind_data" wait in the queues of the way back, "prioritised" overtake all but the chunk on the wire.
         Their own bytes are neglected.
       window_bytes: unacknowledged bytes of a queue pair; None for no limit.
-      posting: order of a sender's messages: "rotated" starts sender i at receiver i, "same" starts all at receiver 0.
+      posting: order of a sender's messages: "rotated" starts sender i of M at receiver i * N // M, "same" starts all at
+        receiver 0.
       batches: messages posted in batches through a host thread, or None for all at once.
     """
 

@@ -9,7 +9,7 @@ from jmoe.planner.decode_batch import DecodeBatch
 from jmoe.planner.decode_model import DecodeModel
 from jmoe.planner.exchange_times import ExchangeTimes, measure_slowdown
 from jmoe.planner.formulas import total_time
-from jmoe.planner.network_options import NetworkOptions
+from jmoe.planner.network_options import NetworkOptions, ProxyBatches
 from jmoe.planner.routing import Routing
 from jmoe.planner.simulator import simulate
 from jmoe.planner.stragglers import Stragglers
@@ -168,6 +168,21 @@ def test_totals_agree_with_every_token_and_message_simulated(m, directions):
     messages = dataclasses.replace(CELL, exchange=NETWORK, row_bytes=8192)
     schedule = build_schedule(3, m, directions)
     assert _iteration_s(totals, 12, schedule) == pytest.approx(_iteration_s(messages, 4, schedule), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dataclasses.replace(NETWORK, endpoints_per_leaf=4),
+        dataclasses.replace(NETWORK, batches=ProxyBatches(4, 0.3, 200 * US)),
+    ],
+    ids=["hash conflicts", "batches with stalls"],
+)
+def test_the_network_of_messages_sets_the_pace_of_decoding(options):
+    """One micro-batch, so that nothing hides the exchange; every row to every node."""
+    one = build_schedule(2, 1, "one")
+    plain = dataclasses.replace(CELL, exchange=NETWORK, row_bytes=16 * 1024, num_experts_per_tok=8)
+    assert _iteration_s(dataclasses.replace(plain, exchange=options), 3, one) > 1.05 * _iteration_s(plain, 3, one)
 
 
 def test_same_seed_same_report():
