@@ -12,10 +12,10 @@ import argparse
 import numpy as np
 
 from jmoe.planner.baselines import BaselineOptions, baselines
+from jmoe.planner.deployment import Deployment, Problem
 from jmoe.planner.hardware import load_catalogue
 from jmoe.planner.model_shape import load_model_shape
 from jmoe.planner.performance import Memory, Precision
-from jmoe.planner.search import Deployment, Problem
 from jmoe.planner.workload import Workload
 
 PUBLISHED = (  # model, context, attention nodes for one FFN node, speedup, requests a GPU of vLLM, of FastAFD

@@ -20,9 +20,10 @@ import numpy as np
 
 from jmoe.planner.baselines import BaselineOptions, baselines
 from jmoe.planner.choice import cell_text
+from jmoe.planner.deployment import Deployment, Problem
 from jmoe.planner.hardware import load_catalogue
 from jmoe.planner.model_shape import load_model_shape
-from jmoe.planner.search import Problem, SearchOptions, search
+from jmoe.planner.search import SearchOptions, search
 from jmoe.planner.table import OBJECTIVES, rank
 from jmoe.planner.workload import Workload
 
@@ -123,8 +124,6 @@ def dbrx_replicas() -> list[Row]:
 
     The figure's tensor sizes are not known to us; replicas of one GPU are counted, replicas of two printed.
     """
-    from jmoe.planner.search import Deployment  # the one place that needs a cell at given rows
-
     problem = problem_of("dbrx", {"a800": 128})
     rows = []
     for tensor in (1, 2):

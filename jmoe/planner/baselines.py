@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jmoe.planner.deployment import Problem, largest_rows
 from jmoe.planner.formulas import head_time
 from jmoe.planner.hardware import GpuKind
 from jmoe.planner.performance import Memory, Roofline, collective_s, distinct_nodes
-from jmoe.planner.search import Problem, largest_rows
 
 Mode = Literal["tensor", "pipeline", "wide"]
 
@@ -35,7 +35,7 @@ class BaselineOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Engine:
+class Engine:
     """One colocated cell: `ranks` GPUs of a stage, `stages` of them, or data-parallel replicas of `ranks` each."""
 
     problem: Problem
@@ -132,14 +132,20 @@ def baselines(problem: Problem, options: BaselineOptions = BaselineOptions()) ->
 
     parts = []
     for name in problem.pool:
-        for engine in _engines(problem, problem.catalogue[name], options):
+        for engine in engines(problem, problem.catalogue[name], options):
             parts.append(_record(engine, options))
     return to_frame(parts, problem)
 
 
-def _engines(problem: Problem, gpu: GpuKind, options: BaselineOptions) -> list[_Engine]:
+def engines(problem: Problem, gpu: GpuKind, options: BaselineOptions) -> list[Engine]:
+    """Every colocated cell that the options and the pool allow on one GPU kind."""
+    return _host_engines(problem, gpu, options) + _wide_engines(problem, gpu, options)
+
+
+def _host_engines(problem: Problem, gpu: GpuKind, options: BaselineOptions) -> list[Engine]:
+    """One engine over one or two whole hosts, tensor parallel or as a pipeline."""
     model, available = problem.model, problem.pool[gpu.name]
-    engines = []
+    found = []
     host = gpu.gpus_per_host
     for hosts in options.hosts:
         for ranks, stages in {("tensor", hosts): (host * hosts, 1), ("pipeline", hosts): (host, hosts)}.values():
@@ -151,23 +157,28 @@ def _engines(problem: Problem, gpu: GpuKind, options: BaselineOptions) -> list[_
             whole = {1, min(ranks, model.num_experts)} if options.expert_parallel else {1}
             for nodes in sorted(whole):
                 if model.splits_experts(max(1, ranks // nodes)):
-                    engines.append(_Engine(problem, gpu, mode, ranks, stages, 1, nodes))
-    if "wide" in options.modes:
-        most = min(available, options.max_wide)
-        for ranks in (1, 2, 4, 8):
-            if ranks > gpu.scale_up_domain or not model.splits_attention(ranks):
-                continue
-            sizes = {n for n in (ranks * 2**i for i in range(12)) if n <= most}
-            sizes |= {n for n in range(host, most + 1, host) if n % ranks == 0}
-            for size in sorted(sizes):
-                nodes = min(size, model.num_experts * max(1, size // model.num_experts))
-                for micro_batches in (1, 2):
-                    replicas = size // ranks
-                    engines.append(_Engine(problem, gpu, "wide", ranks, 1, replicas, nodes, micro_batches))
-    return engines
+                    found.append(Engine(problem, gpu, mode, ranks, stages, 1, nodes))
+    return found
 
 
-def _record(engine: _Engine, options: BaselineOptions) -> dict[str, Any]:
+def _wide_engines(problem: Problem, gpu: GpuKind, options: BaselineOptions) -> list[Engine]:
+    """"wide: powers of two and whole hosts, with and without two overlapped batches."""
+    model, host = problem.model, gpu.gpus_per_host
+    most = min(problem.pool[gpu.name], options.max_wide) if "wide" in options.modes else 0
+    found = []
+    for ranks in (1, 2, 4, 8):
+        if ranks > gpu.scale_up_domain or not model.splits_attention(ranks):
+            continue
+        sizes = {n for n in (ranks * 2**i for i in range(12)) if n <= most}
+        sizes |= {n for n in range(host, most + 1, host) if n % ranks == 0}
+        for size in sorted(sizes):
+            nodes = min(size, model.num_experts * max(1, size // model.num_experts))
+            for micro_batches in (1, 2):
+                found.append(Engine(problem, gpu, "wide", ranks, 1, size // ranks, nodes, micro_batches))
+    return found
+
+
+def _record(engine: Engine, options: BaselineOptions) -> dict[str, Any]:
     most = engine.max_rows()
     in_flight = engine.replicas * engine.micro_batches * engine.stages
     capped = options.max_batch is not None and most * in_flight > options.max_batch

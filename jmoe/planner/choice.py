@@ -4,9 +4,9 @@ import dataclasses
 import math
 from typing import Any
 
+from jmoe.planner.deployment import Problem
 from jmoe.planner.performance import Memory
-from jmoe.planner.plan_file import Plan
-from jmoe.planner.search import Objective, Problem
+from jmoe.planner.plan_file import Objective, Plan
 from jmoe.planner.table import OBJECTIVES, explain, rank
 from jmoe.sharding.mesh_config import MeshConfig
 from jmoe.sharding.placement import ExpertPlacement

@@ -8,11 +8,13 @@ from typing import Any
 
 from jmoe.planner.baselines import BaselineOptions, baselines
 from jmoe.planner.choice import NoPlanError, cell_text, choose
-from jmoe.planner.hardware import load_catalogue, parse_gpus
+from jmoe.planner.deployment import Problem
+from jmoe.planner.hardware import GpuKind, load_catalogue, parse_gpus
 from jmoe.planner.model_shape import load_model_shape
-from jmoe.planner.performance import Precision
-from jmoe.planner.plan_file import Plan, write_plan
-from jmoe.planner.search import Problem, SearchOptions, search
+from jmoe.planner.performance import Precision, Roofline, StageTimes
+from jmoe.planner.plan_file import Objective, Plan, write_plan
+from jmoe.planner.profile_file import MeasuredTimes, check_profile, read_profiles
+from jmoe.planner.search import SearchOptions, search
 from jmoe.planner.table import OBJECTIVES, explain, find, rank, write_parquet
 from jmoe.planner.workload import Workload, lengths_summary
 
@@ -35,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dispatch", choices=tuple(_BYTES), default="bf16", help="rows on their way to the experts")
     parser.add_argument("--transport", choices=("exact", "ppermute"), default="exact", help="exact rows, or padded")
     parser.add_argument("--hardware", help="a TOML file that adds or overrides GPU kinds")
-    parser.add_argument("--profile", help="a file that `jmoe profile` wrote, instead of the roofline")
+    parser.add_argument(
+        "--profile", action="append", default=[], help="a file of `jmoe profile`, instead of the roofline; one a kind"
+    )
     parser.add_argument("--max-wide", type=int, default=320, help="most GPUs of a wide expert-parallel baseline")
     parser.add_argument("--top", type=int, default=5, help="rows to print of each table")
     parser.add_argument("--output", default="plan.json", help="the plan file (default plan.json)")
@@ -65,7 +69,15 @@ def _problem(args: argparse.Namespace) -> Problem:
         workload = Workload((round(args.prompt_len),), (round(args.output_len),), slo_s)
     workload = dataclasses.replace(workload, expert_imbalance=args.expert_imbalance)
     precision = Precision(_BYTES[args.weights], _BYTES[args.kv], _BYTES[args.dispatch])
-    return Problem(model, catalogue, parse_gpus(args.gpus, catalogue), workload, precision)
+    profiles = read_profiles(args.profile)
+    for profile in profiles.values():
+        check_profile(profile, model.name, precision)
+
+    def times(attention: GpuKind, expert: GpuKind) -> StageTimes:
+        return MeasuredTimes(Roofline(model, attention, expert, precision), profiles)
+
+    pool = parse_gpus(args.gpus, catalogue)
+    return Problem(model, catalogue, pool, workload, precision, times if profiles else None)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -98,6 +110,11 @@ def _run(args: argparse.Namespace) -> int:
     print(f"wrote {output} and {kept}")
     if args.explain:
         _explain(args, table, problem, ranked.iloc[0])
+    if args.plot:
+        from jmoe.planner.plots import draw_plan  # matplotlib only when it is asked for
+
+        for path in draw_plan(problem, table, colocated, ranked.iloc[0], args.objective, pathlib.Path(args.plot)):
+            print(f"drew {path}")
     return 0
 
 
@@ -129,7 +146,7 @@ def _rejections(table: Any) -> str:
     return "rejected: " + (", ".join(parts) or "none")
 
 
-def format_rows(rows: Any, problem: Problem, objective: str, best: Any | None = None) -> str:
+def format_rows(rows: Any, problem: Problem, objective: Objective, best: Any | None = None) -> str:
     """A short text table of ranked rows, with what holds each back."""
     lines = [
         f"  # {'cell':<44} {'GPUs':>4} {'m':>2} {'batch':>6} {'ms':>6} {'tok/s/GPU':>9} {f'tok/s/{objective}':>11}  why"

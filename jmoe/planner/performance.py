@@ -52,6 +52,13 @@ class StageTimes(Protocol):
         """One layer without experts (attention and its FFN), on the attention mesh."""
         ...
 
+    def exchange_s(
+        self, exchange: "ExchangeModel", rows: ArrayLike, num_replicas: ArrayLike, num_nodes: ArrayLike,
+        attention_tensor: int, expert_tensor: int, imbalance: ArrayLike, one_domain: ArrayLike,
+    ) -> np.ndarray:  # fmt: skip
+        """One exchange, one way; the arguments are `ExchangeModel.exchange_s`'s, which says what travels."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
@@ -114,6 +121,15 @@ class Roofline:
             2 * self.model.head_params * rows / tensor / gpu.product_flops_s(2),
         )
         return products + gpu.stage_overhead_s
+
+    def exchange_s(
+        self, exchange: "ExchangeModel", rows: ArrayLike, num_replicas: ArrayLike, num_nodes: ArrayLike,
+        attention_tensor: int, expert_tensor: int, imbalance: ArrayLike, one_domain: ArrayLike,
+    ) -> np.ndarray:  # fmt: skip
+        """Bytes over bandwidth plus a latency. See StageTimes."""
+        return exchange.exchange_s(
+            rows, num_replicas, num_nodes, attention_tensor, expert_tensor, imbalance, one_domain
+        )
 
     def _product(self, gpu: GpuKind, params: float, rows: np.ndarray, tensor: int) -> np.ndarray:
         weights = params * self.precision.weight_bytes / tensor
@@ -223,7 +239,9 @@ class ExchangeModel:
         imbalance: ArrayLike = 1.0,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Bytes that one attention GPU sends and one expert GPU (of the busiest node) receives."""
-        rows, replicas, nodes = (np.asarray(x, np.float64) for x in (rows, num_replicas, num_nodes))
+        rows, replicas, nodes, imbalance = (
+            np.asarray(x, np.float64) for x in (rows, num_replicas, num_nodes, imbalance)
+        )
         row_bytes = self.model.hidden_size * max(self.precision.dispatch_bytes, self.precision.combine_bytes)
         if self.transport == "ppermute":
             return rows * nodes * row_bytes / attention_tensor, rows * replicas * row_bytes / expert_tensor

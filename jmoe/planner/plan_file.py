@@ -8,6 +8,8 @@ from typing import Any, Literal
 from jmoe.sharding.mesh_config import MeshConfig
 from jmoe.sharding.placement import ExpertPlacement
 
+Objective = Literal["gpu", "price", "watt"]
+
 FORMAT, VERSION = "jmoe-plan", 1
 MAX_PLAN_BYTES = 16 << 20  # a placement of 10,000 nodes is below 1 MB
 
@@ -40,7 +42,7 @@ class Plan:
     num_cells: int
     precision: dict[str, float]
     slo_ms: float
-    objective: str
+    objective: Objective
     predicted: dict[str, float]
     advice: Literal["disaggregate", "do not disaggregate"]
     colocated: dict[str, Any]

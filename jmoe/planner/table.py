@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from jmoe.planner.search import Objective, Problem
+from jmoe.planner.deployment import Problem
+from jmoe.planner.plan_file import Objective
 
 OBJECTIVES: dict[Objective, str] = {
     "gpu": "tokens_s_per_gpu",
