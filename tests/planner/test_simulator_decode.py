@@ -149,6 +149,25 @@ def test_uneven_messages_make_the_exchange_as_long_as_its_fullest_receiver():
     np.testing.assert_allclose(sent_s, received[0, 0] * row_s)
 
 
+def test_slowdown_stretches_both_ends():
+    received = np.full((1, 1, 1, 8), 50.0)
+    ends = []
+    for slowdown in ((1.0,), (2.0,)):
+        exchange = dataclasses.replace(CELL.exchange, latency_s=0.0, slowdown=slowdown)
+        for transfer in exchange.transfers(np.random.default_rng(0), np.full((1, 1, 1, 4), 100.0), received, 1, 1):
+            senders, receivers = transfer.send_s.shape[-1], transfer.receive_s.shape[-1]
+            start, port_free = np.zeros((1, senders)), np.zeros((1, receivers))
+            sent, arrived, _ = transfer.carry(SCHEDULE.ticks[0].attention, start, port_free)
+            ends.append((sent.max(), arrived.max()))
+    np.testing.assert_allclose(ends[2:], 2 * np.array(ends[:2]))
+
+
+def test_throughput_is_tokens_over_time_when_iterations_differ():
+    report = simulate(SCHEDULE, dataclasses.replace(CELL, start="fresh"), 60)
+    assert report.iteration_s.max() > 1.01 * report.iteration_s.min()
+    assert report.tokens_per_s == pytest.approx(4 * 64 * 3 * 60 / report.total_s)
+
+
 def test_contention_measured_on_the_network_costs_throughput():
     sizes = np.full((1, 8, 8), 128 * 1024)
     ecmp = NetworkOptions(endpoints_per_leaf=8)
