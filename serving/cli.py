@@ -118,9 +118,9 @@ class _KnownFailures(logging.Filter):
     """Without --verbose a cell's failure is told once, by the command's last line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
         record.exc_info, record.exc_text = None, None
-        return not isinstance(error, CellFailedError)
+        args = record.args if isinstance(record.args, tuple) else ()
+        return not any(isinstance(arg, CellFailedError) for arg in args)
 
 
 def _log_to_stderr(verbose: bool) -> None:

@@ -157,4 +157,4 @@ def _typed(error: grpc.RpcError) -> Exception:
             if details.startswith("the server is "):
                 return EngineClosedError(details)
             return error_of(details) or ConnectionError(details)
-    return JmoeError(f"{code.name}: {details}")
+    return error_of(details) or JmoeError(f"{code.name}: {details}")

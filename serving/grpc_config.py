@@ -18,7 +18,8 @@ class GrpcConfig:
       max_message_bytes: of a request or a response.
       max_calls: calls at once, health checks included; one more is refused with RESOURCE_EXHAUSTED.
       max_buffered_outputs: how far a client may lag before its request is aborted.
-      write_timeout_s: longest that one chunk may wait for a client to read.
+      write_timeout_s: longest that one chunk may wait for a client to read before its request is aborted.
+      max_connection_s: a connection older than this is closed once its calls have ended, or 600 s later anyway.
       max_silence_s: longest that a request may wait for its next output, the queue included.
       tokenize_timeout_s: longest that a prompt may take to become token ids.
       grace_s: how long a drain lets running requests go on.
@@ -35,6 +36,7 @@ class GrpcConfig:
     max_calls: int = 2048
     max_buffered_outputs: int = 256
     write_timeout_s: float = 30.0
+    max_connection_s: float = 3600.0
     max_silence_s: float = 600.0
     tokenize_timeout_s: float = 30.0
     grace_s: float = 30.0

@@ -45,6 +45,10 @@ class GrpcServer:
         options = [
             ("grpc.max_receive_message_length", size),
             ("grpc.max_send_message_length", size),
+            ("grpc.keepalive_time_ms", 30_000),  # a client that vanished without a word is noticed,
+            ("grpc.keepalive_timeout_ms", 20_000),  # its calls end, and their pages are free
+            ("grpc.max_connection_age_ms", int(config.max_connection_s * 1000)),
+            ("grpc.max_connection_age_grace_ms", 600_000),
             ("grpc.so_reuseport", 0),  # a second server on this port is an error, not a share of the calls
         ]
         self._grpc = grpc.aio.server(options=options, maximum_concurrent_rpcs=config.max_calls)
@@ -128,18 +132,18 @@ async def run_grpc(config: GrpcConfig, load: Callable[[], Server], say: Callable
     try:
         await _first_of(stop.wait(), loading.done.wait())
         if not loading.done.is_set():
-            say("Stopped while the model was loading")
+            say("stopped while the model was loading")
             return 0
         server = loading.result()
         await front.attach(server)
-        say(f"Serving {server.name} on {_shown(config.host)}:{front.port}")
+        say(f"serving {server.name} on {_shown(config.host)}:{front.port}")
         await _first_of(stop.wait(), front.failed.wait())
         if front.failure is not None:
             await asyncio.sleep(_LINGER_S)
             raise front.failure
-        say(f"Draining: running requests have {config.grace_s:g} s")
+        say(f"draining: running requests have {config.grace_s:g} s")
         done = await front.drain()
-        say("Drained" if done else "Drained; requests that were still running were cut off")
+        say("drained" if done else "drained; requests that were still running were cut off")
         return 0
     finally:
         await front.stop()

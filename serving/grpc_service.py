@@ -8,11 +8,10 @@ from typing import Literal, Never
 import grpc
 import grpc.aio
 
-from jmoe.serving.errors import JmoeError, QueueFullError
+from jmoe.serving.errors import CellFailedError, EngineClosedError, JmoeError, QueueFullError
 from jmoe.serving.grpc_config import GrpcConfig
 from jmoe.serving.grpc_messages import chunk_message, failure_details, model_info, params_of, prompt_of
 from jmoe.serving.output_buffer import OutputBuffer
-from jmoe.serving.prompts import prompt_ids
 from jmoe.serving.protos import jmoe_pb2 as pb
 from jmoe.serving.protos import jmoe_pb2_grpc
 from jmoe.serving.requests import RequestOutput
@@ -52,7 +51,7 @@ class GenerationService(jmoe_pb2_grpc.GenerationServicer):
             params = params_of(request.sampling)
             # Tokenizing a megabyte takes a second: not on the loop that every stream shares.
             async with asyncio.timeout(self._config.tokenize_timeout_s):
-                ids = await asyncio.to_thread(lambda: prompt_ids(prompt_of(request), server.tokenizer))
+                ids = await asyncio.to_thread(lambda: server.prompt_ids(prompt_of(request)))
             server.submit(ids, params, buffer.put, request_id)
         except TimeoutError:
             await context.abort(
@@ -82,20 +81,25 @@ class GenerationService(jmoe_pb2_grpc.GenerationServicer):
             if buffer.overflowed:
                 await self._refuse_slow(context)
             if (error := outputs[-1].error) is not None:
-                await self._send(context, outputs[:-1])
+                await self._send(context, outputs[:-1], buffer)
                 await self._abort(context, error)
-            await self._send(context, outputs)
+            await self._send(context, outputs, buffer)
             if outputs[-1].finish_reason is not None:
                 return
 
-    async def _send(self, context: Context, outputs: list[RequestOutput]) -> None:
+    async def _send(self, context: Context, outputs: list[RequestOutput], buffer: OutputBuffer) -> None:
+        """Sends one chunk; a client that does not take it in time has its request aborted meanwhile.
+
+        The write itself goes on, because no status can overtake it: it ends when the client reads or its connection
+        does (at `max_connection_s` at the latest).
+        """
         if not outputs:
             return
+        watchdog = asyncio.get_running_loop().call_later(self._config.write_timeout_s, buffer.give_up)
         try:
-            async with asyncio.timeout(self._config.write_timeout_s):
-                await context.write(chunk_message(outputs))
-        except TimeoutError:
-            await self._refuse_slow(context)
+            await context.write(chunk_message(outputs))
+        finally:
+            watchdog.cancel()
 
     async def _refuse_slow(self, context: Context) -> Never:
         await context.abort(
@@ -134,8 +138,10 @@ class GenerationService(jmoe_pb2_grpc.GenerationServicer):
         """Ends the call with the status that stands for an error."""
         if isinstance(error, QueueFullError):
             status = grpc.StatusCode.RESOURCE_EXHAUSTED
-        elif isinstance(error, JmoeError):
+        elif isinstance(error, CellFailedError | EngineClosedError):
             status = grpc.StatusCode.UNAVAILABLE
+        elif isinstance(error, JmoeError):
+            status = grpc.StatusCode.INTERNAL
         else:
             status = grpc.StatusCode.INVALID_ARGUMENT
         server = self._server

@@ -13,7 +13,7 @@ class OutputBuffer:
     Args:
       loop: of the coroutine that takes.
       max_outputs: how many may wait; one more aborts the request.
-      abort: ends the request; called once, in the engine's thread.
+      abort: ends the request; called in either thread.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, max_outputs: int, abort: Callable[[], object]):
@@ -29,12 +29,16 @@ class OutputBuffer:
         if self.overflowed:
             return
         if len(self._outputs) >= self._max_outputs and output.finish_reason is None:
-            self.overflowed = True
-            self._abort()
+            self.give_up()
         else:
             self._outputs.append(output)
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._event.set)
+
+    def give_up(self) -> None:
+        """Aborts the request: the client is too far behind, and gets no more of it."""
+        self.overflowed = True
+        self._abort()
 
     async def take(self, timeout_s: float) -> list[RequestOutput]:
         """All that has come since the last call; waits for the first. Empty after an overflow.
@@ -46,7 +50,6 @@ class OutputBuffer:
             while not self._outputs and not self.overflowed:
                 self._event.clear()  # a put in another thread sets it from this loop, so after this line
                 await self._event.wait()
-        outputs = []
-        while self._outputs and not self.overflowed:
-            outputs.append(self._outputs.popleft())
-        return outputs
+        if self.overflowed:
+            return []
+        return [self._outputs.popleft() for _ in range(len(self._outputs))]  # those that come meanwhile wait

@@ -1,5 +1,6 @@
 """Progress: what starting up is doing, redrawn in place on a terminal and as plain lines elsewhere. No JAX."""
 
+import re
 import sys
 import threading
 import time
@@ -8,6 +9,7 @@ from typing import Self, TextIO
 _BAR_WIDTH = 24
 _REDRAW_S = 0.1  # a bar on a terminal
 _PLAIN_SHARE = 0.25  # a bar elsewhere: one line for each quarter
+_COUNTED = re.compile(r"(.+): (\d+) of (\d+)\b")  # "expert weights: 50 of 90 arrays" is a bar
 
 
 class Progress:
@@ -28,17 +30,18 @@ class Progress:
         self._share = -1.0
 
     def __call__(self, text: str) -> None:
-        """Begins a step."""
+        """Begins a step, or goes on with it where the line says "...: 50 of 90"."""
         with self._lock:
-            self.close()
-            self._step, self._since, self._share = text, time.monotonic(), -1.0
-            self._write(f"\r\x1b[2K{text} ..." if self._tty else f"{text}\n")
+            if counted := _COUNTED.match(text):
+                self.bar(counted[1], int(counted[2]), int(counted[3]))
+            else:
+                self._begin(text)
 
     def bar(self, text: str, done: int, total: int) -> None:
         """Shows how far a step is, in any unit; a first call with a new text begins that step."""
         with self._lock:
             if text != self._step:
-                self(text)
+                self._begin(text)
             share = min(max(done / total, 0.0), 1.0) if total > 0 else 0.0
             now = time.monotonic()
             if self._tty and (share == 1.0 or now - self._drawn >= _REDRAW_S):
@@ -68,6 +71,11 @@ class Progress:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _begin(self, text: str) -> None:
+        self.close()
+        self._step, self._since, self._share = text, time.monotonic(), -1.0
+        self._write(f"\r\x1b[2K{text} ..." if self._tty else f"{text}\n")
 
     def _write(self, text: str) -> None:
         self._stream.write(text)

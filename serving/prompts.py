@@ -25,8 +25,8 @@ def is_one_prompt(prompts: Any) -> bool:
     return len(prompts) > 0 and (isinstance(prompts[0], Mapping) or _is_integer(prompts[0]))
 
 
-def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None) -> Sequence[int]:
-    """The token ids of one prompt.
+def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None, max_tokens: int | None = None) -> Sequence[int]:
+    """The token ids of one prompt; `max_tokens` lets text that is far too long be refused early.
 
     Raises:
       ValueError: text or messages without a tokenizer, messages that the chat template refuses, or another form.
@@ -39,7 +39,10 @@ def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None) -> Sequence[int]:
         return prompt  # type: ignore[return-value]  # each element is checked where the request is made
     if tokenizer is None:
         raise ValueError("prompt: expected token ids, because this model came without a tokenizer, got text")
-    ids = tokenizer.encode(prompt) if is_text else tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
+    if is_text:
+        ids = tokenizer.encode(prompt, max_tokens=max_tokens)  # type: ignore[arg-type]
+    else:
+        ids = tokenizer.encode_chat(prompt, max_tokens=max_tokens)  # type: ignore[arg-type]
     if not ids:
         raise ValueError("prompt: expected text of at least one token, got none")
     return ids

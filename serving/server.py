@@ -121,7 +121,7 @@ class Server:
     ) -> list[Completion]:
         """Keeps as many prompts in the queue as it takes, and gathers in order."""
         deadline = time.monotonic() + timeout_s
-        ids = [prompt_ids(prompt, self.tokenizer) for prompt in prompts]
+        ids = [self.prompt_ids(prompt) for prompt in prompts]
         streams: list[OutputStream] = []
         done: list[Completion] = []
         try:
@@ -158,11 +158,15 @@ class Server:
         Raises:
           ValueError, QueueFullError, EngineClosedError, CellFailedError: as `generate` does.
         """
-        ids = prompt_ids(prompt, self.tokenizer)
+        ids = self.prompt_ids(prompt)
         params = params or SamplingParams()
         return OutputStream(
             lambda on_output: self.submit(ids, params, on_output, request_id), self._engine.abort, timeout_s
         )
+
+    def prompt_ids(self, prompt: Prompt) -> Sequence[int]:
+        """The token ids of a prompt in any of its forms; ValueError where it has none."""
+        return prompt_ids(prompt, self.tokenizer, self.cell.max_len)
 
     def submit(
         self,
@@ -261,7 +265,7 @@ def serve(
     if programs not in ("greedy", "all", "none"):
         raise ValueError(f"programs: expected 'greedy', 'all' or 'none', got {programs!r}")
     say = progress or (lambda line: None)
-    say("Reading the model's configuration")
+    say("reading the model's configuration")
     config, text = _describe(model, tokenizer)
     cell = (sizes or CellSizes(**size_options)).resolve(config, mesh_cfg or MeshConfig())
     running = create_executor(model, cell, executor, say)

@@ -65,6 +65,7 @@ class GenerationServicer(object):
 
         INVALID_ARGUMENT: the request can never run; the details say why.
         RESOURCE_EXHAUSTED: the inbox is full, or this client reads too slowly; try again later.
+        INTERNAL: this request alone has failed.
         UNAVAILABLE: the server is loading or draining, or its cell has failed (the details start with the error's name).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -41,6 +41,7 @@ class Tokenizer:
         self._kind, self._strip_space = detokenizer.decoder_kind(spec.get("decoder"))
         self._byte_tokens = self._kind == "byte_fallback" and "ByteFallback" in json.dumps(spec["decoder"])
         self._special_ids = frozenset(t["id"] for t in spec.get("added_tokens") or () if t["special"])
+        self._max_token_chars = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
         self._bytes: dict[int, bytes] = {}
         self._pieces: dict[int, str | int] = {}
         self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
@@ -84,20 +85,46 @@ class Tokenizer:
         """Tokens that have a text, added ones included (the model's vocabulary may be padded beyond)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Text to token ids; special tokens written out in the text are recognised, as `transformers` does."""
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        """Text to token ids; special tokens written out in the text are recognised, as `transformers` does.
+
+        Args:
+          text: any text.
+          add_special_tokens: put the tokens around it that the tokenizer was made to put.
+          max_tokens: refuse text that is sure to make more, before the work of finding out how many. A megabyte takes
+            a second.
+
+        Raises:
+          ValueError: far too long.
+        """
+        # A token is at most so many characters, and normal forms (NFC, NFKC) shrink real text fourfold at most.
+        if max_tokens is not None and len(text) > 4 * max_tokens * self._max_token_chars:
+            raise ValueError(f"prompt: expected at most {max_tokens} tokens, got {len(text)} characters")
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def encode_chat(self, messages: Sequence[Message], *, options: Mapping[str, Any] | None = None) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        options: Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
+    ) -> list[int]:
         """Messages to the token ids of the prompt after which the assistant speaks.
+
+        Args:
+          messages: mappings with a `role` and a `content` string.
+          options: more names for the template.
+          max_tokens: as in `encode`.
 
         Raises:
           ChatTemplateError: no chat template, or one that refuses the messages.
+          ValueError: far too long.
         """
         if self.chat_template is None:
             raise ChatTemplateError("messages: expected a checkpoint with a chat template, got one without; send text")
         # The template writes the first special token itself.
-        return self.encode(self.chat_template.render(messages, options=options), add_special_tokens=False)
+        text = self.chat_template.render(messages, options=options)
+        return self.encode(text, add_special_tokens=False, max_tokens=max_tokens)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Token ids of a whole text to text, without special tokens."""

@@ -272,6 +272,25 @@ def test_no_token_of_the_failed_step_is_sent():
     assert tokens == whole[: len(tokens)] and len(tokens) <= 1 + executor.cell.num_steps
 
 
+def test_a_request_that_fails_alone_is_internal_and_others_go_on():
+    with running() as front, Client(front.address) as client:
+        plain = front.server._engine.tokenizer.detokenizer
+
+        def broken():
+            pieces = plain()
+            pieces.push = lambda ids: 1 // 0
+            return pieces
+
+        front.server._engine.tokenizer.detokenizer = broken
+        with pytest.raises(JmoeError, match="ZeroDivisionError"):
+            client.generate([5], LONG)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(front.stub.Generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5])), timeout=10))
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        del front.server._engine.tokenizer.detokenizer
+        assert client.generate([5], LONG).num_output_tokens == 20 and front.health() == SERVING
+
+
 def test_loading_then_serving_then_draining():
     with running(gated(), attach=False) as front, Client(front.address) as client:
         assert front.health() == NOT_SERVING
@@ -303,28 +322,42 @@ def test_a_drain_has_a_bound():
             Completion.of(stream)
 
 
-def test_a_client_that_does_not_read_is_aborted():
-    """Outputs of 20 kB each fill the connection's window; then the buffer's bound is met and the request ends."""
-    cell = make_cell(vocab_size=VOCAB, max_len=1024, num_pages=1025, num_steps=1)
-    executor = FakeExecutor(cell)
-    with running(executor, max_buffered_outputs=8) as front:
-        plain = front.server._engine.tokenizer.detokenizer
+def talkative(front):
+    """Makes every output 20 kB long, and a millisecond apart; returns a call for 1000 of them, 20 MB."""
+    plain = front.server._engine.tokenizer.detokenizer
 
-        def talkative():
-            pieces = plain()
-            pieces.push = lambda ids: "x" * 20_000 * len(ids)
-            return pieces
+    def detokenizer():
+        pieces = plain()
+        pieces.push = lambda ids: time.sleep(0.001) or "x" * 20_000 * len(ids)
+        return pieces
 
-        front.server._engine.tokenizer.detokenizer = talkative
-        params = SamplingParams(max_tokens=1000, ignore_eos=True)
-        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), sampling=params_message(params))
-        call = front.stub.Generate(request, timeout=20)
-        next(call)
+    front.server._engine.tokenizer.detokenizer = detokenizer
+    params = SamplingParams(max_tokens=1000, ignore_eos=True)
+    request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), sampling=params_message(params))
+    return front.stub.Generate(request, timeout=30)
+
+
+def long_cell():
+    return FakeExecutor(make_cell(vocab_size=VOCAB, max_len=1024, num_pages=1025, num_steps=1))
+
+
+@pytest.mark.parametrize(
+    "bound", [{"max_buffered_outputs": 64}, {"write_timeout_s": 0.2, "max_buffered_outputs": 10**6}]
+)
+def test_a_client_that_does_not_read_is_aborted(bound):
+    """Once the connection's window is full, the buffer's bound is met (or one write's), and the request ends."""
+    with running(long_cell(), **bound) as front:
+        call = talkative(front)
         until(lambda: front.server.stats().get("requests_abort") == 1)
         until(lambda: all_free(front))
         with pytest.raises(grpc.RpcError, match="reads too slowly") as caught:
             list(call)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_client_that_reads_gets_all_of_a_long_answer():
+    with running(long_cell()) as front:
+        assert sum(len(chunk.text) for chunk in talkative(front)) == 20_000 * 1000
 
 
 def test_output_buffer_keeps_its_bound_and_the_last_output():
