@@ -2,13 +2,13 @@
 
 import pytest
 from engine_client import Client, finish
+from small_models import AWKWARD, random_model, random_prompts, reference_tokens
 
 from jmoe.cell_config import CellConfig
 from jmoe.serving.engine import Engine
 from jmoe.serving.executors.inline import InlineExecutor
 from jmoe.serving.requests import FinishReason, SamplingParams
 from jmoe.sharding.mesh_config import MeshConfig
-from small_models import AWKWARD, random_model, random_prompts, reference_tokens
 
 MAX_TOKENS = 18
 SAMPLED = (
