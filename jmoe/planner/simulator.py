@@ -5,6 +5,7 @@ with `passes`, such as `jmoe.planner.decode_model.DecodeModel` (growing sequence
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from jmoe.planner.simulation_report import SimulationReport
 from jmoe.schedule import Schedule
 
 MAX_ITERATIONS = 1_000_000
+MAX_TOKENS_TIMED = 200_000_000  # iterations * micro-batches * replicas of all cells: 1.6 GB of times
 
 
 class TimeModel(Protocol):
@@ -123,11 +125,17 @@ def simulate(
         raise ValueError(f"simulate.num_iterations: expected 1 to {MAX_ITERATIONS}, got {num_iterations}")
     if not 0 <= record_iterations <= num_iterations:
         raise ValueError(f"simulate.record_iterations: expected 0 to {num_iterations}, got {record_iterations}")
+    shape = num_iterations, schedule.num_micro_batches, times.num_cells, times.attention
+    if math.prod(shape) > MAX_TOKENS_TIMED:
+        raise ValueError(
+            f"simulate.num_iterations: expected at most {MAX_TOKENS_TIMED} iterations * micro-batches * replicas, "
+            f"got {math.prod(shape)}"
+        )
     walker = LaneWalker(schedule, times.num_cells, times.attention, times.expert, exchange_lanes)
     recorded = set(np.linspace(0, num_iterations - 1, record_iterations).astype(int).tolist())
     recorder = EventRecorder(schedule.num_layers)
     busy = np.zeros((6,))
-    heads = np.empty((num_iterations, schedule.num_micro_batches, times.num_cells, times.attention))
+    heads = np.empty(shape)
     passes = times.passes(schedule, seed)
     for iteration in range(num_iterations):
         pass_times = next(passes)

@@ -93,6 +93,11 @@ def test_bad_arguments_are_refused(arguments, message):
         simulate(build_schedule(2, 3, "one"), BALANCED, **arguments)
 
 
+def test_a_report_too_large_to_keep_is_refused():
+    with pytest.raises(ValueError, match="at most 200000000 iterations"):
+        simulate(build_schedule(1, 300, "one"), BALANCED, 1_000_000)
+
+
 def test_lockstep_has_no_separate_lanes():
     with pytest.raises(ValueError, match="expected 'chain'"):
         simulate(build_schedule(2, 4, "both"), BALANCED, exchange_lanes="separate")
