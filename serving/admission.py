@@ -2,6 +2,7 @@
 
 import operator
 import secrets
+from array import array
 from collections.abc import Sequence
 
 from jmoe.cell_config import CellConfig
@@ -53,15 +54,15 @@ def make_request(
     )
 
 
-def _tokens(name: str, tokens: Sequence[int], vocab_size: int) -> list[int]:
-    """Plain ints (numpy's are taken too), all of them in the vocabulary."""
+def _tokens(name: str, tokens: Sequence[int], vocab_size: int) -> "array[int]":
+    """Tokens (numpy's are taken too), all of them in the vocabulary."""
     try:
         ids = [operator.index(token) for token in tokens]
     except TypeError as e:
         raise ValueError(f"{name}: expected integers, got {e}") from None
     if bad := [token for token in ids if not 0 <= token < vocab_size]:
         raise ValueError(f"{name}: expected 0 to {vocab_size - 1} (the vocabulary), got {bad[0]}")
-    return ids
+    return array("i", ids)
 
 
 def _stop_ids(cell: CellConfig, params: SamplingParams) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -151,12 +152,12 @@ class Request:
     """
 
     id: str
-    prompt_ids: list[int]
+    prompt_ids: "array[int]"  # 4 bytes a token, and nothing for the garbage collector to walk through
     params: SamplingParams
     max_tokens: int
     stop_ids: tuple[int, ...] = ()
     seed: int = 0
-    output_ids: list[int] = dataclasses.field(default_factory=list)
+    output_ids: "array[int]" = dataclasses.field(default_factory=lambda: array("i"))
     state: RequestState = RequestState.WAITING
     finish_reason: FinishReason | None = None
     arrival: int = -1
@@ -185,7 +186,7 @@ class Request:
         """Whether tokens must be computed before the next decode step."""
         return self.num_computed < self.prefill_len
 
-    def tokens(self, start: int, stop: int) -> list[int]:
+    def tokens(self, start: int, stop: int) -> "array[int]":
         """Prompt and output as one sequence, positions start to stop - 1."""
         shift = len(self.prompt_ids)
         if stop <= shift:

@@ -258,7 +258,7 @@ class Scheduler:
                 f"{call.kind}, or fewer up to a stop token, got {column}"
             )
         request.num_computed += work.num_tokens if call.kind == "prefill" else len(new)
-        request.output_ids += new
+        request.output_ids.extend(new)
         if stops or (new and request.remaining == 0):
             self.finish(request, FinishReason.STOP if stops else FinishReason.LENGTH)
         return new

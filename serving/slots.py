@@ -53,14 +53,13 @@ class Slots:
         self.num_bound[lane[0]] += 1
         request.slot = Slot(*lane, row)
 
-    def pages_missing(self, request: Request, num_positions: int) -> int:
-        """Pages that a bound request must still get to hold so many positions."""
-        return max(0, self.num_pages_for(num_positions) - len(request.page_ids))
-
     def grow(self, request: Request, num_positions: int) -> bool:
         """Takes the pages that a bound request lacks for so many positions; False, none taken, if too few are free."""
         assert request.slot is not None
-        pages = self.allocators[request.slot.replica].allocate(self.pages_missing(request, num_positions))
+        missing = self.num_pages_for(num_positions) - len(request.page_ids)
+        if missing <= 0:
+            return True
+        pages = self.allocators[request.slot.replica].allocate(missing)
         if pages is None:
             return False
         request.page_ids.extend(pages)

@@ -1,5 +1,7 @@
 """What scheduler tests share: requests, and an executor that answers every sample with the same token."""
 
+from array import array
+
 import numpy as np
 from fake_executor import EOS
 
@@ -9,9 +11,8 @@ STOP, OTHER = EOS, 7
 
 
 def add(scheduler, name, num_prompt=5, max_tokens=6, **params):
-    request = Request(
-        str(name), [1 + i % 50 for i in range(num_prompt)], SamplingParams(**params), max_tokens, stop_ids=(STOP,)
-    )
+    prompt = array("i", [1 + i % 50 for i in range(num_prompt)])
+    request = Request(str(name), prompt, SamplingParams(**params), max_tokens, stop_ids=(STOP,))
     scheduler.add(request)
     return request
 

@@ -26,7 +26,7 @@ def test_a_prompt_is_cut_into_chunks_and_sampled_at_the_last_one(num_prompt):
     assert [call.kind for call in calls] == ["prefill"] * (-(-num_prompt // 8))
     assert sum(work.num_tokens for work in works) == num_prompt
     assert [work.num_samples for work in works] == [0] * (len(works) - 1) + [1]
-    assert request.finish_reason is FinishReason.LENGTH and request.output_ids == [OTHER]
+    assert request.finish_reason is FinishReason.LENGTH and request.output_ids.tolist() == [OTHER]
 
 
 def test_a_decode_call_takes_pages_for_its_steps_and_no_more_than_remain():
@@ -113,13 +113,13 @@ def test_the_latest_arrival_gives_its_pages_back_and_stands_first_in_the_queue()
         step(scheduler)
     assert old.state is RequestState.RUNNING and young.state is RequestState.WAITING
     assert list(scheduler.waiting) == [young, behind]
-    so_far = list(young.output_ids)
+    so_far = young.output_ids.tolist()
     assert so_far and young.num_computed == 0 and young.page_ids == [] and young.num_prompt == 20
     while young.slot is None:
         step(scheduler)
     assert young.prefill_len == 20 + len(so_far)
     run_all(scheduler)
-    assert young.output_ids[: len(so_far)] == so_far and len(young.output_ids) == 30
+    assert young.output_ids[: len(so_far)].tolist() == so_far and len(young.output_ids) == 30
     assert old.num_admissions == 1 and young.num_admissions >= 2
 
 
@@ -177,9 +177,9 @@ def test_a_stop_token_ends_a_request_in_prefill_and_in_decode():
     scheduler = Scheduler(make_cell(num_steps=4))
     early, late = add(scheduler, "early"), add(scheduler, "late")
     step(scheduler, stops={"early"})
-    assert early.finish_reason is FinishReason.STOP and early.output_ids == [STOP]
+    assert early.finish_reason is FinishReason.STOP and early.output_ids.tolist() == [STOP]
     step(scheduler, stops={"late"})
-    assert late.finish_reason is FinishReason.STOP and late.output_ids == [OTHER, OTHER, STOP]
+    assert late.finish_reason is FinishReason.STOP and late.output_ids.tolist() == [OTHER, OTHER, STOP]
     assert not scheduler.running and scheduler.slots.allocators[0].num_used == 0
 
 
@@ -196,7 +196,7 @@ def test_pages_of_an_aborted_request_stay_until_its_call_returns():
     progress = scheduler.update(call, tokens_for(scheduler, call))
     scheduler.check_integrity()
     assert [p.request for p in progress] == [stays] and progress[0].work_idx == 1
-    assert gone.finish_reason is FinishReason.ABORT and gone.output_ids == [OTHER] and gone.slot is None
+    assert gone.finish_reason is FinishReason.ABORT and gone.output_ids.tolist() == [OTHER] and gone.slot is None
     assert scheduler.slots.allocators[0].num_used == len(stays.page_ids)
 
 

@@ -56,7 +56,7 @@ class SchedulerMachine(stateful.RuleBasedStateMachine):
         progress = self.scheduler.update(self.call, tokens_for(self.scheduler, self.call, stops))
         for request, tokens, work_idx in progress:
             assert self.call.work[work_idx].request is request
-            assert request.output_ids[lengths.pop(request.id) :] == tokens
+            assert request.output_ids[lengths.pop(request.id) :].tolist() == tokens
         assert all(len(r.output_ids) == lengths[r.id] for r in self.requests if r.id in lengths)
         self.call = None
 

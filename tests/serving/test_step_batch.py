@@ -1,5 +1,7 @@
 """What the host packs for a call, column by column."""
 
+from array import array
+
 import numpy as np
 from fake_executor import EOS, make_cell
 
@@ -14,7 +16,7 @@ PARAMS = SamplingParams(
 
 
 def add(scheduler, name, prompt, params=PARAMS, **fields):
-    request = Request(name, prompt, params, fields.pop("max_tokens", 9), **fields)
+    request = Request(name, array("i", prompt), params, fields.pop("max_tokens", 9), **fields)
     scheduler.add(request)
     return request
 
