@@ -69,7 +69,7 @@ def _pack_array(value: Any) -> Any:
         raise TypeError(f"expected plain data or a numpy array, got {type(value).__name__}")
     if value.dtype.str not in _DTYPES:
         raise TypeError(f"array dtype: expected one of {sorted(_DTYPES)}, got {value.dtype.str}")
-    parts = (value.dtype.str, list(value.shape), np.ascontiguousarray(value).tobytes())
+    parts = (value.dtype.str, list(value.shape), value.tobytes())
     return msgpack.ExtType(_ARRAY, msgpack.packb(parts))
 
 

@@ -41,9 +41,9 @@ _PR_SET_PDEATHSIG = 1
 class Runtime(Protocol):
     """What a worker does with its devices (`jmoe.cell_runtime.CellRuntime`; tests have a fake one)."""
 
-    def load(self, path: str, progress: Callable[[str], None]) -> None: ...
+    def load(self, source: str, progress: Callable[[str], None]) -> None: ...
 
-    def compile(self, key: ProgramKey) -> None: ...
+    def compile(self, *keys: ProgramKey) -> None: ...
 
     def run(self, key: ProgramKey, inputs: np.ndarray | None) -> dict[str, Any] | None: ...
 
@@ -202,9 +202,10 @@ def _execute(runtime: Runtime | None, command: dict[str, Any], channel: Channel)
 
         runtime.load(command["path"], progress)
         return None
-    if kind in ("compile", "run"):
-        key = ProgramKey(*command["key"])
-        return runtime.compile(key) if kind == "compile" else runtime.run(key, command.get("inputs"))
+    if kind == "compile":
+        return runtime.compile(*(ProgramKey(*key) for key in command["keys"]))
+    if kind == "run":
+        return runtime.run(ProgramKey(*command["key"]), command.get("inputs"))
     raise SequenceMismatchError(f"command kind: expected init, load, compile, run or stop, got {str(kind)[:40]!r}")
 
 

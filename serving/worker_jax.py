@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from jmoe.cell_config import CellConfig
 
@@ -25,7 +25,7 @@ def start_jax_runtime(init: Mapping[str, Any]) -> "Runtime":
     Raises:
       ValueError: other devices came up than the cell needs.
     """
-    _set_environment(init["platform"])
+    _set_environment(init["platform"], init["num_devices"])
     import jax
 
     if init["platform"] == "cpu":
@@ -49,30 +49,12 @@ def start_jax_runtime(init: Mapping[str, Any]) -> "Runtime":
             f"worker {init['process_id']}: expected {init['num_devices']} devices here and {cell.mesh.num_devices} in "
             f"the cell, got {jax.local_device_count()} and {len(devices)} ({devices[0].platform})"
         )
-    return _CheckpointRuntime(cell, devices, init["role"])
+    from jmoe.cell_runtime import CellRuntime
+
+    return CellRuntime(cell, devices, init["role"])
 
 
-class _CheckpointRuntime:
-    """CellRuntime, fed from a checkpoint folder."""
-
-    def __init__(self, cell: CellConfig, devices: Sequence[Any], role: Literal["attention", "expert"]):
-        from jmoe.cell_runtime import CellRuntime
-
-        self._cell = cell
-        self._runtime = CellRuntime(cell, devices, role)
-        self.compile, self.run = self._runtime.compile, self._runtime.run
-
-    def load(self, path: str, progress: Callable[[str], None]) -> None:
-        from jmoe.checkpoints.load import CheckpointReader
-
-        reader = CheckpointReader(path, self._cell.model)
-        try:
-            self._runtime.load(reader, progress)
-        finally:
-            reader.files.close()  # unmapped: a handover in shared memory is freed when its folder goes
-
-
-def _set_environment(platform: str) -> None:
+def _set_environment(platform: str, num_devices: int) -> None:
     """What must be set before JAX is loaded; here, so that it also holds in workers that the parent did not start."""
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
     if platform == "gpu":
@@ -80,7 +62,8 @@ def _set_environment(platform: str) -> None:
         os.environ["JAX_PLATFORMS"] = "cuda,cpu"
     else:
         os.environ["JAX_PLATFORMS"] = "cpu"
-        os.environ["NPROC"] = "16"  # XLA's thread pool: with fewer, several virtual devices starve each other
+        # XLA's thread pool: each virtual device blocks a thread in a collective, and with too few all wait for ever.
+        os.environ["NPROC"] = str(max(16, 2 * num_devices))
     os.environ["XLA_FLAGS"] = flags.strip()
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         del os.environ[name]  # gRPC would look for the coordinator behind the proxy; a worker fetches nothing else

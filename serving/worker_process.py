@@ -18,6 +18,7 @@ DEFAULT_COMMAND = (sys.executable, "-P", "-m", "jmoe.serving.worker")  # -P: no 
 _MAX_LINES = 40
 _MAX_LINE_LEN = 500
 _MAX_LOG_BYTES = 64 << 20
+_WAIT_STEP_S = 0.005
 _REAP_S = 5.0  # a killed process may take so long to be gone (memory to unmap, a device to close)
 
 
@@ -52,17 +53,38 @@ class WorkerProcess:
 
     @property
     def alive(self) -> bool:
-        return self.popen.poll() is None
+        return self._exit_code() is None
+
+    def _exit_code(self) -> int | None:
+        """As Popen.poll (negative for a signal), but leaves a zombie: while it stands, its group's id is its own."""
+        if self.popen.returncode is not None or not hasattr(os, "waitid"):  # macOS before Python 3.13
+            return self.popen.poll()
+        ended = os.waitid(os.P_PID, self.popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is None:
+            return None
+        return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
     def wait(self, timeout_s: float) -> bool:
         """True when the process has ended within the time."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.popen.wait(timeout_s)
+        until = time.monotonic() + timeout_s
+        while self.alive and time.monotonic() < until:
+            time.sleep(_WAIT_STEP_S)
         return not self.alive
 
+    def signal_group(self, number: signal.Signals) -> None:
+        """Signals the process and what it has started, also when it has ended itself."""
+        if self.popen.returncode is None:  # not reaped
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: a group of zombies
+                os.killpg(self.popen.pid, number)
+
+    def reap(self) -> None:
+        """Takes the exit code; from here on nothing is signalled."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.popen.wait(_REAP_S)
+
     def describe_exit(self) -> str:
-        """How it ended, in words; what it wrote last, if it ended by itself."""
-        code = self.popen.poll()
+        """How it ended, in words."""
+        code = self._exit_code()
         if code is None:
             return "still runs"
         if code >= 0:
@@ -78,21 +100,16 @@ class WorkerProcess:
 
 
 def end_processes(processes: Sequence[WorkerProcess], grace_s: float) -> None:
-    """Ends them all: SIGTERM, a short grace, SIGKILL to the whole process group, and waits until they are gone."""
-    _signal(processes, signal.SIGTERM)
+    """Ends them all: SIGTERM, a short grace, SIGKILL to the whole process groups, and waits until they are gone."""
+    for process in processes:
+        process.signal_group(signal.SIGTERM)
     until = time.monotonic() + grace_s
     for process in processes:
         process.wait(max(0.0, until - time.monotonic()))
-    _signal(processes, signal.SIGKILL)
     for process in processes:
-        process.wait(_REAP_S)
-
-
-def _signal(processes: Sequence[WorkerProcess], number: signal.Signals) -> None:
+        process.signal_group(signal.SIGKILL)
     for process in processes:
-        if process.alive:  # not reaped: its pid, which is its group's id, can't have passed to another process
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.popen.pid, number)
+        process.reap()
 
 
 def _import_path() -> dict[str, str]:

@@ -94,11 +94,14 @@ class ProcessesExecutor:
 
     def compile(self, keys: Sequence[ProgramKey], progress: Callable[[str], None]) -> None:
         """Compiles programs ahead of their first use; `progress` gets a line for each."""
-        for key in keys:
-            if key not in self._compiled:
-                progress(f"compiling {key.kind} ({'sampling' if key.sampling else 'greedy'})")
-                self._supervisor.call("compile", self._same({"key": list(key)}), self._deadlines.compile_s, progress)
-                self._compiled.add(key)
+        new = [key for key in dict.fromkeys(keys) if key not in self._compiled]
+        if not new:
+            return
+        for key in new:
+            progress(f"compiling {key.kind}, {'sampling' if key.sampling else 'greedy'}")
+        payload = {"keys": [list(key) for key in new]}
+        self._supervisor.call("compile", self._same(payload), self._deadlines.compile_s * len(new), progress)
+        self._compiled |= set(new)
 
     def run(self, key: ProgramKey, inputs: StepInputs) -> StepOutputs:
         """Runs one prefill chunk or num_steps decode steps, compiling the program first if need be."""

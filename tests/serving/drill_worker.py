@@ -13,8 +13,7 @@ class Drill:
     def run(self, key, inputs):
         self.calls += 1
         if self.calls == 3 and self.role == "expert":
-            runtime = self.inner._runtime
-            runtime.set_sequence(runtime.cell.mesh.num_attention_devices, 12345)
+            self.inner.set_sequence(self.inner.cell.mesh.num_attention_devices, 12345)
         return self.inner.run(key, inputs)
 
 

@@ -45,6 +45,9 @@ class FakeRuntime:
     """Tokens are 1000 * call + 100 * replica + micro-batch, so that a test can tell whose they are."""
 
     def __init__(self, init):
+        if init.get("hang"):
+            print("fake worker: stuck", file=sys.stderr, flush=True)
+            time.sleep(600)
         self.cell = CellConfig.from_dict(init["cell"])
         self.role, self.index = init["role"], init["process_id"]
         mesh = self.cell.mesh
@@ -66,7 +69,15 @@ class FakeRuntime:
             time.sleep(600)
         elif fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif fault == "killed_later":
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGKILL)
         elif fault == "exit":
+            os._exit(7)
+        elif fault == "exit_leaving_a_child":  # which holds the connection open and ignores SIGTERM
+            if os.fork() == 0:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                time.sleep(600)
             os._exit(7)
         elif fault == "slow":
             time.sleep(0.3)
@@ -75,7 +86,6 @@ class FakeRuntime:
         elif fault == "sequence_error":
             raise SequenceMismatchError("exchange 3: expected sequence number 3, got 2")
         elif fault == "peer_lost":
-            time.sleep(0.05)
             raise RuntimeError("gloo: connection closed by peer")
         elif fault == "misshapen":
             return
@@ -86,7 +96,7 @@ class FakeRuntime:
         progress(f"read {path}")
         self.suffer("load")
 
-    def compile(self, key):
+    def compile(self, *keys):
         self.suffer("compile")
 
     def run(self, key, inputs):

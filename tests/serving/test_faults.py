@@ -17,7 +17,17 @@ import threading
 import time
 
 import pytest
-from worker_cell import DECODE, FAKE_COMMAND, PATIENT, all_gone, fake_executor, is_alive, tiny_cell
+from worker_cell import (
+    DECODE,
+    FAKE_COMMAND,
+    PATIENT,
+    all_gone,
+    every_process,
+    fake_executor,
+    group_of,
+    is_alive,
+    tiny_cell,
+)
 
 from jmoe.serving import errors
 from jmoe.serving.errors import CellFailedError, SequenceMismatchError, StepTimeoutError, WorkerDiedError
@@ -167,6 +177,7 @@ def test_a_worker_that_ignores_sigterm_is_killed(monkeypatch):
         ("malformed", WireError, "malformed frame"),
         ("closed", WorkerDiedError, "ended with exit code 3"),
         ("exit", WorkerDiedError, "ended with exit code 7"),
+        ("exit_leaving_a_child", WorkerDiedError, "ended with exit code 7"),
         ("killed", WorkerDiedError, "was killed by SIGKILL"),
         ("peer_lost", CellFailedError, "run failed: RuntimeError: gloo: connection closed by peer"),
         ("misshapen", CellFailedError, r"tokens: expected int32\[2, 2, 2, 4\], got int32\[2, 2, 2, 0\]"),
@@ -184,6 +195,7 @@ def test_a_bad_answer_ends_the_cell(monkeypatch, fault, error, sentence, victim)
         executor.run(DECODE, StepInputs(executor.cell, "decode"))
     assert type(caught.value) is error and isinstance(caught.value, CellFailedError)
     assert not any(is_alive(pid) for pid in pids)
+    assert all_gone([pid for pid in every_process() if group_of(pid) in pids]), "what a worker started runs on"
     with pytest.raises(error, match=sentence):
         executor.check()
     executor.close()
@@ -191,7 +203,7 @@ def test_a_bad_answer_ends_the_cell(monkeypatch, fault, error, sentence, victim)
 
 def test_a_dead_peer_explains_a_lost_connection(monkeypatch):
     """One worker dies and the other reports a broken collective: the death is what is told."""
-    executor = fake_executor(monkeypatch, {"0": {"run": "peer_lost"}, "1": {"run": "killed"}})
+    executor = fake_executor(monkeypatch, {"0": {"run": "peer_lost"}, "1": {"run": "killed_later"}})
     with pytest.raises(WorkerDiedError, match=r"worker 1 \(expert\) was killed by SIGKILL"):
         executor.run(DECODE, StepInputs(executor.cell, "decode"))
     executor.close()
@@ -280,6 +292,19 @@ def bare_worker(monkeypatch):
     process.kill()
     process.stderr.close()
     process.wait()
+
+
+@pytest.mark.parametrize("command", ["init", "none"])
+def test_a_worker_ends_when_its_connection_ends(bare_worker, command):
+    """Though its parent lives, and in one case with the main thread stuck in a command."""
+    process, channel = bare_worker
+    if command == "init":
+        channel.send({"number": 1, "kind": "init", "hang": True})
+        while " stuck" not in process.stderr.readline():
+            pass
+    channel.close()
+    assert process.wait(30) == 3
+    assert "the parent is gone" in process.stderr.read()
 
 
 def answer_of(channel: Channel) -> dict:

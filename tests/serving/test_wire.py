@@ -60,6 +60,7 @@ def array_body(dtype, shape, raw) -> bytes:
     "body",
     [
         array_body("|O8", [1], b"12345678"),
+        array_body("<M8[s]", [1], b"12345678"),
         array_body("<i4", [3], b"1234"),
         array_body("<i4", [-1], b"1234"),
         array_body("<i4", [2**40, 2**40], b""),
@@ -220,6 +221,26 @@ def test_an_unproven_peer_gets_no_memory_and_no_time():
         handshake(ours, TOKEN, "parent", {}, 0.05)
     with pytest.raises(ValueError, match="at least 16 characters, got 5"):
         handshake(ours, "short", "parent", {}, 0.05)
+
+
+def test_a_peer_that_drips_bytes_does_not_stretch_the_handshake():
+    """The bound is for the whole exchange: single bytes would each start a socket's own timeout anew."""
+    ours, theirs = pair()
+    stop = threading.Event()
+
+    def drip():
+        theirs.socket.sendall(struct.pack(">I", 1000))
+        while not stop.wait(0.02):
+            theirs.socket.sendall(b"\x81")
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    try:
+        with pytest.raises(TimeoutError):
+            handshake(ours, TOKEN, "parent", {}, 0.3)
+    finally:
+        stop.set()
+        thread.join(10)
 
 
 def test_a_closed_peer_is_the_end_of_the_stream():

@@ -37,7 +37,7 @@ def is_alive(pid: int) -> bool:
     """Whether a process runs (a zombie does not)."""
     try:
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
@@ -51,17 +51,14 @@ def all_gone(pids: list[int], within_s: float = 30.0) -> bool:
     return True
 
 
-def children_of(pid: int) -> list[int]:
-    """Process ids whose parent is `pid`."""
-    found = []
-    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if stat.read_text().rpartition(")")[2].split()[1] == str(pid):
-                found.append(int(stat.parent.name))
-        except OSError:
-            continue  # it ended meanwhile
-    return found
+def every_process() -> list[int]:
+    """Ids of all processes that run."""
+    return [pid for path in pathlib.Path("/proc").glob("[0-9]*") if is_alive(pid := int(path.name))]
 
 
-def my_children() -> set[int]:
-    return {pid for pid in children_of(os.getpid()) if is_alive(pid)}
+def group_of(pid: int) -> int | None:
+    """The process group; None if the process has ended meanwhile."""
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
