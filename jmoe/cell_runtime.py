@@ -3,25 +3,21 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jmoe.cell_config import CellConfig
 from jmoe.checkpoints.load import CheckpointReader
-from jmoe.decode_loop import CellProgram, DeviceState, Role
+from jmoe.decode_loop import DeviceState, Role
 from jmoe.device_params import DeviceParams, ParamSource
 from jmoe.errors import SequenceMismatchError
+from jmoe.lowering import AbstractCell, Key, lower_program
 from jmoe.sampling import TokenCounts
-from jmoe.sharding.mesh_config import AXIS
 from jmoe.sharding.meshes import from_shards, joint_mesh, local_devices
-from jmoe.sharding.partition import tensor_share
 from jmoe.step_inputs import StepLayout
-
-Key: TypeAlias = tuple[Literal["prefill", "decode"], bool]  # (kind, sampling)
 
 
 class CellRuntime:
@@ -47,6 +43,7 @@ class CellRuntime:
             if cell.mesh.role(i) == "attention" and i % cell.mesh.attention_tensor == 0
         ]
         self._params = DeviceParams(cell, self.mesh)
+        self._abstract = AbstractCell(cell, self.mesh, role)
         self._programs: dict[Key, jax.stages.Compiled] = {}
         self._attention: dict[str, jax.Array] = {}
         self._experts: dict[str, jax.Array] = {}
@@ -75,28 +72,14 @@ class CellRuntime:
         )
 
     def compile(self, *keys: Key) -> None:
-        """Compiles programs for this process's devices, each once, several at a time (XLA leaves Python's lock)."""
+        """Compiles programs for this process's devices, each once, several at a time (XLA leaves Python's lock).
+
+        Needs no weights: it may run beside `load`.
+        """
         wanted = [key for key in dict.fromkeys((k[0], k[1]) for k in keys) if key not in self._programs]
-        lowered = [self.lower(key) for key in wanted]
+        lowered = [lower_program(self.cell, self.mesh, self.role, key) for key in wanted]
         with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
-            self._programs |= dict(zip(wanted, pool.map(lambda l: l.compile(), lowered), strict=True))
-
-    def lower(self, key: Key) -> jax.stages.Lowered:
-        """The program, traced for this role and not yet compiled."""
-        if self._state is None:
-            raise ValueError("CellRuntime: expected load() before compile() or run()")
-        if key[1] and self.has_attention and self._state.counts is None:
-            self._state = DeviceState(self._state.sequence, self._state.pages, self._empty_counts())
-        program = CellProgram(self.cell, *key, self.role)
-
-        def on_device(attention, experts, kept, inputs):
-            # Every array's leading axis is the device: of size 1 here.
-            attention, experts, kept, inputs = jax.tree.map(lambda a: a[0], (attention, experts, kept, inputs))
-            return jax.tree.map(lambda a: a[None], program(attention, experts, kept, inputs))
-
-        spec = PartitionSpec(AXIS)
-        mapped = jax.shard_map(on_device, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)
-        return jax.jit(mapped, donate_argnums=(2,)).lower(*self._arguments(key, None))
+            self._programs |= dict(zip(wanted, pool.map(jax.stages.Lowered.compile, lowered), strict=True))
 
     def run(self, key: Key, inputs: np.ndarray | None) -> dict[str, Any]:
         """Runs one call and waits for it.
@@ -139,17 +122,21 @@ class CellRuntime:
         self._state = DeviceState(sequence, self._state.pages, self._state.counts)
 
     def _arguments(self, key: Key, inputs: np.ndarray | None):
-        assert self._state is not None
-        state = self._state if key[1] else DeviceState(self._state.sequence, self._state.pages)
+        if self._state is None:
+            raise ValueError("CellRuntime: expected load() before run()")
+        counts = self._state.counts
+        if key[1] and self.has_attention and counts is None:
+            counts = self._empty_counts()
+        self._state = DeviceState(self._state.sequence, self._state.pages, counts)
+        state = DeviceState(self._state.sequence, self._state.pages, counts if key[1] else None)
         return self._attention, self._experts, state, self._inputs(key, inputs) if self.has_attention else None
 
-    def _inputs(self, key: Key, inputs: np.ndarray | None) -> jax.Array | jax.ShapeDtypeStruct:
-        """The host's batch on the attention devices, zeros on expert devices; without a batch its abstract form."""
+    def _inputs(self, key: Key, inputs: np.ndarray | None) -> jax.Array:
+        """The host's batch on the attention devices, zeros on expert devices."""
         layout, mesh = StepLayout.of(self.cell, key[0]), self.cell.mesh
         shape = (mesh.num_micro_batches, layout.num_rows, layout.width)
         if inputs is None:
-            sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
-            return jax.ShapeDtypeStruct((mesh.num_devices, *shape), np.int32, sharding=sharding)
+            raise ValueError(f"CellRuntime.run: expected inputs {(mesh.attention, *shape)} for attention, got none")
         if inputs.shape != (mesh.attention, *shape) or inputs.dtype != np.int32:
             raise ValueError(
                 f"CellRuntime.run: expected int32 inputs {(mesh.attention, *shape)}, got {inputs.dtype} {inputs.shape}"
@@ -180,12 +167,8 @@ class CellRuntime:
         return from_shards(self.mesh, {d: jnp.zeros((1, *shape), dtype, device=d) for _, d in self._local})
 
     def _empty_pages(self) -> list[tuple[jax.Array, jax.Array]]:
-        c = self.cell
-        heads = (c.model.num_kv_heads, c.model.head_dim)
-        _, (kv_heads, head_dim) = tensor_share(heads, ("kv_heads", None), c.mesh.attention_tensor, 0)
-        shape = (c.num_pages, c.page_len, kv_heads, head_dim)
-        dtype = jnp.dtype(c.model.dtype)
-        return [(self._filled(shape, dtype), self._filled(shape, dtype)) for _ in range(c.model.num_layers)]
+        shape, dtype = self._abstract.page_shape(), jnp.dtype(self.cell.model.dtype)
+        return [(self._filled(shape, dtype), self._filled(shape, dtype)) for _ in range(self.cell.model.num_layers)]
 
     def _empty_counts(self) -> list[TokenCounts]:
         shape = (self.cell.rows, self.cell.model.vocab_size)

@@ -20,7 +20,7 @@ from jmoe.schedule import Exchange as ScheduledExchange
 from jmoe.schedule import Schedule, Stage
 from jmoe.sharding.exchange import Box, Chain, Exchange
 from jmoe.sharding.mesh_config import AXIS
-from jmoe.sharding.routing import Routes, route_rows, sum_partials
+from jmoe.sharding.routing import Routes, route_rows, rows_at, sum_partials
 from jmoe.sharding.tensor_group import TensorGroup
 
 Pages = list[tuple[jax.Array, jax.Array]]  # keys and values of each decoder layer, [P, page_len, G, H]
@@ -109,25 +109,24 @@ class AttentionRole:
         """Rows `[tokens, D]` into the boxes of the rounds' nodes, each this rank's slice."""
         rounds = self.exchange.rounds
         device = jax.lax.axis_index(AXIS)
-        node, slice_idx = jnp.asarray(rounds.peer)[device], jnp.asarray(rounds.slice_idx)[device]
-        meets = node >= 0
-        node = jnp.maximum(node, 0)
-        order = routes.order[node]
-        slices = h.reshape(h.shape[0], rounds.num_slices, -1)
+        peer, slice_idx = rows_at(jnp.asarray(rounds.peer), device), rows_at(jnp.asarray(rounds.slice_idx), device)
+        node = jnp.maximum(peer, 0)
+        order = rows_at(routes.order, node)
+        slices = h.reshape(h.shape[0] * rounds.num_slices, -1)
         return Box(
-            hidden=slices[order, slice_idx[:, None]],
-            topk_weights=routes.topk_weights[node],
-            local_idx=routes.local_idx[node],
+            hidden=rows_at(slices, order * rounds.num_slices + slice_idx[:, None]),
+            topk_weights=rows_at(routes.topk_weights, node),
+            local_idx=rows_at(routes.local_idx, node),
             slot=order,
-            num_rows=jnp.where(meets, routes.num_rows[node], 0),
+            num_rows=jnp.where(peer >= 0, rows_at(routes.num_rows, node), 0),
         )
 
     def _combine(self, box: Box, routes: Routes) -> jax.Array:
         """Partial sums back to their tokens: `[tokens, D]` float32."""
         rounds = self.exchange.rounds
         mine = rounds.round_of[:, : self.cell.mesh.expert, : rounds.num_slices // self.tensor.size]
-        round_of = jnp.asarray(mine)[jax.lax.axis_index(AXIS)]  # [N, slices]
-        partials = jnp.swapaxes(box.hidden[round_of], 1, 2)  # [N, capacity, slices, width]
+        round_of = rows_at(jnp.asarray(mine), jax.lax.axis_index(AXIS))  # [N, slices]
+        partials = jnp.swapaxes(rows_at(box.hidden, round_of), 1, 2)  # [N, capacity, slices, width]
         total = sum_partials(partials.reshape(*partials.shape[:2], -1), routes.position)
         total = self.tensor.gather(total.reshape(total.shape[0], round_of.shape[1], -1))  # [ranks, tokens, slices, w]
         return jnp.moveaxis(total, 0, 2).reshape(total.shape[1], -1)
@@ -147,20 +146,23 @@ class ExpertRole:
         rounds, f = self.exchange.rounds, self.exchange.format
         device = jax.lax.axis_index(AXIS)
         mine = rounds.round_of[:, : self.cell.mesh.attention, : rounds.num_slices // self.tensor.size]
-        round_of = jnp.asarray(mine)[device]  # [M, slices]
-        hidden = self.tensor.gather(inbox.hidden[round_of])  # [ranks, M, slices, capacity, width]
+        round_of = rows_at(jnp.asarray(mine), device)  # [M, slices]
+        hidden = self.tensor.gather(rows_at(inbox.hidden, round_of))  # [ranks, M, slices, capacity, width]
         rows = jnp.moveaxis(hidden, (1, 3, 2, 0), (0, 1, 2, 3)).reshape(-1, self.cell.model.hidden_size)
-        num_rows = inbox.num_rows[round_of[:, 0]]  # [M]
+        first = round_of[:, 0]  # every slice brings the same rows' ids and weights
+        num_rows = rows_at(inbox.num_rows, first)  # [M]
         valid = jnp.arange(f.capacity, dtype=jnp.int32) < num_rows[:, None]
-        local_idx = jnp.where(valid[..., None], inbox.local_idx[round_of[:, 0]], -1)
-        topk_weights = inbox.topk_weights[round_of[:, 0]]
+        local_idx = jnp.where(valid[..., None], rows_at(inbox.local_idx, first), -1)
+        topk_weights = rows_at(inbox.topk_weights, first)
         rows = jnp.where(valid.reshape(-1, 1), rows, 0)
         flat = (local_idx.reshape(len(rows), -1), topk_weights.reshape(len(rows), -1))
         sums = self.tensor.sum(self.half.layers[stage.layer](rows, *flat)).astype(f.dtype)
         slices = sums.reshape(self.cell.mesh.attention, f.capacity, rounds.num_slices, f.width)
-        replica, slice_idx = jnp.asarray(rounds.peer)[device], jnp.asarray(rounds.slice_idx)[device]
-        back = jnp.moveaxis(slices, 2, 1)[jnp.maximum(replica, 0), slice_idx]  # [rounds, capacity, width]
-        counts = jnp.where(replica >= 0, num_rows[jnp.maximum(replica, 0)], 0)
+        peer, slice_idx = rows_at(jnp.asarray(rounds.peer), device), rows_at(jnp.asarray(rounds.slice_idx), device)
+        replica = jnp.maximum(peer, 0)
+        slices = jnp.moveaxis(slices, 2, 1).reshape(-1, f.capacity, f.width)
+        back = rows_at(slices, replica * rounds.num_slices + slice_idx)  # [rounds, capacity, width]
+        counts = jnp.where(peer >= 0, rows_at(num_rows, replica), 0)
         return dataclasses.replace(self.exchange.empty_box(), hidden=back, num_rows=counts)
 
 

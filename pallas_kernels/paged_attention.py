@@ -29,11 +29,13 @@ def write_pages(
     num_pages, page_len = pages.shape[:2]
     offset = jnp.arange(new.shape[1], dtype=jnp.int32)
     position = start_pos[:, None] + offset  # [rows, chunk]
-    page = jnp.take_along_axis(page_table, jnp.minimum(position // page_len, page_table.shape[1] - 1), axis=1)
+    column = jnp.minimum(position // page_len, page_table.shape[1] - 1)
+    page = jnp.take_along_axis(page_table, column, axis=1, mode="promise_in_bounds")
     page = jnp.where(offset < num_tokens[:, None], page, 0)
     flat = (page * page_len + position % page_len).reshape(-1)
     cells = pages.reshape(num_pages * page_len, *pages.shape[2:])
-    cells = cells.at[flat].set(new.reshape(-1, *new.shape[2:]).astype(pages.dtype), mode="promise_in_bounds")
+    new = new.reshape(-1, *new.shape[2:]).astype(pages.dtype)
+    cells = cells.at[flat].set(new, mode="promise_in_bounds", wrap_negative_indices=False)
     return cells.reshape(pages.shape)
 
 
@@ -89,7 +91,7 @@ def paged_attention(
 
 def _rows_of(pages: jax.Array, page_table: jax.Array) -> jax.Array:
     """[P, page_len, G, H] -> [rows, max_pages * page_len, G, H]."""
-    gathered = pages.at[page_table].get(mode="promise_in_bounds")
+    gathered = pages.at[page_table].get(mode="promise_in_bounds", wrap_negative_indices=False)
     return gathered.reshape(page_table.shape[0], -1, *pages.shape[2:])
 
 

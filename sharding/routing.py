@@ -30,6 +30,11 @@ class Routes:
     num_dropped: jax.Array
 
 
+def rows_at(array: jax.Array, index: jax.Array) -> jax.Array:
+    """array[index] for indices known to be in bounds: no code for negative or stray ones."""
+    return array.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
 def route_rows(
     topk_idx: jax.Array,
     topk_weights: jax.Array,
@@ -53,26 +58,30 @@ def route_rows(
     Returns:
       The routes.
     """
-    node_table, local_table, num_replicas = (jnp.asarray(t) for t in placement.tables())
-    replica = spread[:, None] % num_replicas[topk_idx]
-    node = node_table[topk_idx, replica]  # [tokens, k]
-    local = local_table[topk_idx, replica]
+    node_table, local_table, num_replicas = placement.tables()
+    if placement.max_replicas == 1:
+        node, local = (rows_at(jnp.asarray(t[:, 0]), topk_idx) for t in (node_table, local_table))  # [tokens, k]
+    else:
+        replica = spread[:, None] % rows_at(jnp.asarray(num_replicas), topk_idx)
+        flat = topk_idx * placement.max_replicas + replica
+        node, local = (rows_at(jnp.asarray(t.reshape(-1)), flat) for t in (node_table, local_table))
     nodes = jnp.arange(placement.num_nodes, dtype=jnp.int32)
     here = (node[None] == nodes[:, None, None]) & valid[None, :, None]  # [N, tokens, k]
     sent = here.any(axis=-1)
-    position = jnp.cumsum(sent, axis=1, dtype=jnp.int32) - 1
-    wanted = sent.sum(axis=1, dtype=jnp.int32)
-    position = jnp.where(sent & (position < capacity), position, -1)
-    # A stable sort of "not sent" lists the sent tokens first, in token order.
-    order = jnp.argsort(~sent, axis=1, stable=True)[:, :capacity].astype(jnp.int32)
-    local_idx = jnp.where(here, local[None], -1)
-    take = jax.vmap(lambda per_token, rows: per_token[rows])
+    up_to = jnp.cumsum(sent, axis=1, dtype=jnp.int32)
+    wanted = up_to[:, -1]
+    # The c-th row sent is the token before which c others were sent: a comparison, cheaper to compile than a sort.
+    row = jnp.arange(capacity, dtype=jnp.int32)
+    order = jnp.sum(up_to[:, None, :] <= row[:, None], axis=-1, dtype=jnp.int32)
+    order = jnp.minimum(order, len(valid) - 1)  # [N, capacity]
+    per_node = jnp.where(here, local[None], -1), jnp.where(here, topk_weights[None], 0.0)
+    local_idx, weights = (jax.vmap(rows_at)(a, order) for a in per_node)
     return Routes(
         order=order,
         num_rows=jnp.minimum(wanted, capacity),
-        position=position,
-        local_idx=take(local_idx, order),
-        topk_weights=take(jnp.where(here, topk_weights[None], 0.0), order),
+        position=jnp.where(sent & (up_to <= capacity), up_to - 1, -1),
+        local_idx=local_idx,
+        topk_weights=weights,
         num_dropped=jnp.sum(jnp.maximum(wanted - capacity, 0)),
     )
 
@@ -89,6 +98,6 @@ def sum_partials(partials: jax.Array, position: jax.Array) -> jax.Array:
     """
     total = jnp.zeros((position.shape[1], partials.shape[2]), jnp.float32)
     for node in range(partials.shape[0]):
-        rows = partials[node][jnp.maximum(position[node], 0)].astype(jnp.float32)
+        rows = rows_at(partials[node], jnp.maximum(position[node], 0)).astype(jnp.float32)
         total = total + jnp.where(position[node][:, None] >= 0, rows, 0.0)
     return total

@@ -1,0 +1,110 @@
+"""Lowering: a cell's programs over the joint mesh from abstract arrays alone, so they compile before weights arrive.
+
+The same lowering serves real devices and the ahead-of-time compiler's imaginary ones.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jmoe.cell_config import CellConfig
+from jmoe.decode_loop import CellProgram, DeviceState, Role
+from jmoe.models.model import array_specs
+from jmoe.sampling import TokenCounts
+from jmoe.sharding.mesh_config import AXIS
+from jmoe.sharding.partition import tensor_share
+from jmoe.step_inputs import StepLayout
+
+Key: TypeAlias = tuple[Literal["prefill", "decode"], bool]  # (kind, sampling)
+
+
+class AbstractCell:
+    """Shapes of everything that one device holds, as arrays over the joint mesh (the leading axis is the device)."""
+
+    def __init__(self, cell: CellConfig, mesh: Mesh, role: Role):
+        self.cell = cell
+        self.mesh = mesh
+        self.role = role
+        self._dtype = jnp.dtype(cell.model.dtype)
+
+    def params(self) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
+        """(attention, experts) by path; empty for a role that is not played."""
+        attention, experts = array_specs(self.cell.model)
+        c = self.cell.mesh
+        assert c.placement is not None
+        held = c.placement.max_local_experts
+        shares = (
+            {p: tensor_share(s.shape, s.axes, c.attention_tensor, 0)[1] for p, s in attention.items()},
+            {p: (held, *tensor_share(s.shape, s.axes, c.expert_tensor, 0)[1][1:]) for p, s in experts.items()},
+        )
+        played = (self.role != "expert", self.role != "attention")
+        return tuple(  # type: ignore[return-value]
+            {path: self._abstract(shape, self._dtype) for path, shape in part.items()} if here else {}
+            for part, here in zip(shares, played, strict=True)
+        )
+
+    def page_shape(self) -> tuple[int, ...]:
+        """Of one layer's keys, or values, on one device."""
+        c = self.cell
+        heads = (c.model.num_kv_heads, c.model.head_dim)
+        return (c.num_pages, c.page_len, *tensor_share(heads, ("kv_heads", None), c.mesh.attention_tensor, 0)[1])
+
+    def state(self, sampling: bool) -> DeviceState:
+        """What is kept from call to call."""
+        sequence = self._abstract((), np.int32)
+        if self.role == "expert":
+            return DeviceState(sequence)
+        pages = self._abstract(self.page_shape(), self._dtype)
+        table = (self.cell.rows, self.cell.model.vocab_size)
+        counts = TokenCounts(self._abstract(table, bool), self._abstract(table, np.int32))
+        return DeviceState(
+            sequence,
+            [(pages, pages)] * self.cell.model.num_layers,
+            [counts] * self.cell.mesh.num_micro_batches if sampling else None,
+        )
+
+    def inputs(self, kind: Literal["prefill", "decode"]) -> jax.ShapeDtypeStruct | None:
+        """The host's packed batch."""
+        if self.role == "expert":
+            return None
+        layout = StepLayout.of(self.cell, kind)
+        return self._abstract((self.cell.mesh.num_micro_batches, layout.num_rows, layout.width), np.int32)
+
+    def _abstract(self, shape: tuple[int, ...], dtype) -> Any:
+        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        return jax.ShapeDtypeStruct((self.mesh.devices.size, *shape), dtype, sharding=sharding)
+
+
+def on_each_device(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """A function of one device's arrays as a function of arrays over the joint mesh."""
+
+    def wrapped(*args):
+        args = jax.tree.map(lambda a: a[0], args)  # every array's leading axis is the device: of size 1 here
+        return jax.tree.map(lambda a: a[None], function(*args))
+
+    spec = PartitionSpec(AXIS)
+    return jax.shard_map(wrapped, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+
+
+def lower_program(cell: CellConfig, mesh: Mesh, role: Role, key: Key) -> jax.stages.Lowered:
+    """Traces one program of a cell for the role that the calling process plays.
+
+    Args:
+      cell: sizes.
+      mesh: the joint mesh, of real devices or of a topology's.
+      role: "attention", "expert" or "inline".
+      key: (kind, sampling).
+
+    Returns:
+      The lowered program of (attention params, expert params, DeviceState (donated), inputs).
+    """
+    kind, sampling = key
+    abstract = AbstractCell(cell, mesh, role)
+    program = on_each_device(CellProgram(cell, kind, sampling, role), mesh)
+    return jax.jit(program, donate_argnums=(2,)).lower(
+        *abstract.params(), abstract.state(sampling), abstract.inputs(kind)
+    )
