@@ -5,8 +5,10 @@ import math
 from typing import Any
 
 from jmoe.planner.deployment import Problem
+from jmoe.planner.hardware import GpuKind
 from jmoe.planner.performance import Memory
 from jmoe.planner.plan_file import Objective, Plan
+from jmoe.planner.search import SearchOptions
 from jmoe.planner.table import OBJECTIVES, explain, rank
 from jmoe.sharding.mesh_config import MeshConfig
 from jmoe.sharding.placement import ExpertPlacement
@@ -109,20 +111,37 @@ def what_is_needed(problem: Problem, table: Any) -> str:
             f"{len(table):,} configurations reaches ({cell_text(row)}, one row a micro-batch), "
             f"got {problem.workload.slo_s * 1e3:g} ms"
         )
+    if len(table) and (table["status"] == "not measured").any():
+        return "--profile: expected times for a tensor size and local experts that fit the GPUs, got none; measure more"
     memory = Memory(problem.model, problem.precision)
     total = (memory.attention_weight_bytes + problem.model.num_experts * memory.expert_bytes) / 1e9
     needs = []
     for name in problem.pool:
         gpu = problem.catalogue[name]
-        experts = math.ceil(problem.model.num_experts * memory.expert_bytes / gpu.usable_bytes)
-        attention = math.floor(memory.attention_weight_bytes / gpu.usable_bytes) + 1
-        needs.append(f"{name}: about {attention} for attention and {experts} for experts ({gpu.memory_gb:g} GB each)")
+        attention, experts = least_gpus(problem, gpu)
+        if attention and experts:
+            needs.append(f"{name}: {attention} for attention and {experts} for experts ({gpu.memory_gb:g} GB each)")
+        else:
+            needs.append(f"{name}: no number, a host of them can't hold one expert or an attention replica")
     have = ", ".join(f"{count} {name}" for name, count in problem.pool.items())
     return (
         f"--gpus: expected enough memory for the {total:,.0f} GB of {problem.model.name} at "
         f"{problem.precision.weight_bytes:g} bytes a weight, with KV pages beside it; needed at least: "
         f"{'; '.join(needs)}; got {have}"
     )
+
+
+def least_gpus(problem: Problem, gpu: GpuKind) -> tuple[int, int]:
+    """Fewest GPUs of a kind for one attention replica with one row, and for all experts; 0 where none suffice."""
+    model, memory = problem.model, Memory(problem.model, problem.precision)
+    sizes = [t for t in SearchOptions().tensor_sizes if t <= gpu.scale_up_domain]
+    holds = [t for t in sizes if model.splits_attention(t) and memory.max_kv_tokens(gpu, t) >= problem.context[0]]
+    nodes = []
+    for tensor in sizes:
+        per_node = int(tensor * gpu.usable_bytes // memory.expert_bytes)
+        if model.splits_experts(tensor) and per_node:
+            nodes.append(tensor * -(-model.num_experts // per_node))
+    return min(holds, default=0), min(nodes, default=0)
 
 
 def cell_text(row: Any) -> str:

@@ -125,5 +125,6 @@ def head_time(num_micro_batches: int, head_s: ArrayLike, slowest_s: ArrayLike) -
 
     Micro-batches come back slowest_s apart, so all but the last head are hidden unless a head takes longer than that.
     """
-    head, slowest = np.asarray(head_s, np.float64), np.asarray(slowest_s, np.float64)
-    return head + (num_micro_batches - 1) * np.maximum(head - slowest, 0.0)
+    head, slowest = np.broadcast_arrays(np.asarray(head_s, np.float64), np.asarray(slowest_s, np.float64))
+    beyond = np.subtract(head, slowest, out=np.zeros(head.shape), where=head > slowest)
+    return head + (num_micro_batches - 1) * beyond

@@ -86,7 +86,8 @@ def _search_pair(
         status = np.where(expert_need > expert_have, "expert memory", np.where(most < 1, "attention memory", "ok"))
         most = np.where(status == "ok", most, 0)
         rows = largest_rows(cell.step, most, problem.workload.slo_s)
-        status = np.where((status == "ok") & (rows < 1), "slo", status)
+        least = cell.step(np.ones_like(most))
+        status = np.where((status == "ok") & (rows < 1), np.where(np.isfinite(least), "slo", "not measured"), status)
         parts.append(_record(cell, rows, most, status, expert_need, memory, options.max_rows))
     return parts
 
@@ -123,7 +124,9 @@ def _record(
     priced = np.maximum(rows, 1)
     attention, expert, exchange = cell.stages(priced)
     step = cell.step_of(priced, attention, expert, exchange)
-    period = step / cell.problem.model.num_moe_layers / cell.num_micro_batches
+    # An unmeasured stage is infinite; it is busy for none of the time.
+    pace = cell.problem.model.num_moe_layers * cell.num_micro_batches / np.where(np.isfinite(step), step, np.inf)
+    busy = {name: np.where(np.isfinite(t), t, 0.0) * pace for name, t in (("a", attention), ("e", expert))}
     at_memory = np.where(most >= max_rows, "rows cap", "KV memory")
     need = np.select(
         [status == "expert memory", status == "attention memory", status == "slo"],
@@ -148,8 +151,8 @@ def _record(
         "attention_s": attention,
         "expert_s": expert,
         "exchange_s": exchange,
-        "attention_busy": attention / period,
-        "expert_busy": expert / period,
+        "attention_busy": busy["a"],
+        "expert_busy": busy["e"],
         "limit": np.where(rows >= most, at_memory, "SLO"),
         "status": status,
         "need": need,

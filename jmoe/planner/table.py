@@ -96,6 +96,8 @@ def explain(row: Any, problem: Problem, best: Any | None = None, objective: Obje
             f"rejected: {row['need']:.1f} GB of attention weights and the KV pages of {row['num_micro_batches']} rows "
             f"do not fit the {have:.1f} usable GB of {row['attention_gpu']}"
         )
+    if status == "not measured":
+        return "rejected: the profile has no times for these tensor sizes, local experts or rows"
     if status == "slo":
         return f"rejected: {row['need']:.0f} ms between tokens at one row a micro-batch, the SLO is {slo_ms:.0f} ms"
     text = f"batch held by {row['limit']}; {_slowest(row)}"

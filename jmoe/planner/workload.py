@@ -125,7 +125,7 @@ def busiest_replica(variance: float, mean: float, rows: ArrayLike, num_replicas:
 
     Returns:
       1 + z(M) sqrt(variance / rows) / mean, z(M) the expected largest of M standard normals by Blom's approximation
-      (within 2 % for M of 2 to 1000).
+      (within 5 % for M of 2 to 1000).
     """
     from scipy.special import ndtri  # here, so that the module loads without the planner extra
 

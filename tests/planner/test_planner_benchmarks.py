@@ -1,0 +1,48 @@
+"""The issue's bars that need no GPU, as far as they are met; the benchmarks print every row."""
+
+import importlib.util
+import pathlib
+import sys
+
+import pytest
+
+FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def no_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark"])
+
+
+def test_micro_batches_gain_what_the_paper_measured():
+    ablation = load("planner_ablation")
+    gains = {(kind, model): (first, second) for kind, model, first, second in ablation.main()}
+    for model, (_, published) in ablation.PUBLISHED.items():
+        for kind in ("separate", "one"):
+            first, second = gains[kind, model]
+            assert second == pytest.approx(published, rel=0.01)
+            assert first == pytest.approx(1.9, rel=0.06)
+
+
+def test_fastafd_within_a_tenth():
+    for _, published, predicted in load("planner_fastafd").main():
+        assert predicted == pytest.approx(published, rel=0.10)
+
+
+def test_headline_rows():
+    """What holds with constants fixed beforehand; docs/planner.md explains the rows that miss."""
+    rows = [row for row in load("planner_headline").main() if row.counts]
+    near = {row.name for row in rows if abs(row.error) <= 0.15}
+    assert len(rows) == 10 and len(near) >= 5
+    assert sum(abs(row.error) > 0.30 for row in rows) <= 3
+    assert {name for name in near if "TensorRT-LLM" in name and "per GPU" in name} == {
+        f"per GPU, {model}, over TensorRT-LLM" for model in ("mixtral-8x22b", "dbrx", "scaled-moe-317b")
+    }
