@@ -108,11 +108,11 @@ class CellProgram:
         def step(k, carry):
             rows, pages, counts, emitted, sequence, fault, dropped = carry
             lanes = [attention.empty_lane() for _ in rows] if attention is not None else []
-            work = Work(lanes, rows, pages)
+            work = Work(lanes, rows, list(pages))
             chain = walk(self.schedule, cast, self.exchange, work, Chain.start(sequence))
             fault = jnp.where(fault[0] < 0, chain.fault(), fault)
             if attention is not None:
-                rows, counts, now = self._sample_all(cast, attention, work.lanes, rows, counts)
+                rows, counts, now = self._sample_all(cast, attention, work.lanes, work.rows, counts)
                 emitted = jax.tree.map(lambda whole, part: whole.at[k].set(part), emitted, now)
                 dropped = dropped + sum(lane.routes.num_dropped for lane in work.lanes)
             return rows, work.pages, counts, emitted, chain.sequence, fault, dropped

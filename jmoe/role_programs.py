@@ -17,7 +17,7 @@ from jmoe.models.experts import ExpertHalf
 from jmoe.pallas_kernels.paged_attention import paged_attention, write_pages
 from jmoe.rows import Rows
 from jmoe.schedule import Exchange as ScheduledExchange
-from jmoe.schedule import Schedule, Stage
+from jmoe.schedule import Schedule, Stage, Tick
 from jmoe.sharding.exchange import Box, Chain, Exchange
 from jmoe.sharding.mesh_config import AXIS
 from jmoe.sharding.routing import Routes, route_rows, rows_at, sum_partials
@@ -188,6 +188,10 @@ class Cast(Protocol):
         """The box that this device sends in an exchange: outward to experts, or back to attention."""
         ...
 
+    def fences(self, tick: Tick) -> bool:
+        """Whether what came before must be done before this tick starts: where a stage of this role starts."""
+        ...
+
 
 class OneRole:
     """A program of one role: the other role's stages are not traced."""
@@ -206,6 +210,9 @@ class OneRole:
 
     def merge(self, outward, back):
         return (outward if self.attention is not None else back) or self.exchange.empty_box()
+
+    def fences(self, tick):
+        return (tick.attention if self.attention is not None else tick.expert) is not None
 
 
 class BothRoles:
@@ -240,6 +247,10 @@ class BothRoles:
             _put_back(work, attention, lane, layers, pages)
         return box
 
+    def fences(self, tick):
+        # One fence a period for both roles; with two ticks to a stage, the experts' stage starts within it.
+        return tick.attention is not None
+
     def merge(self, outward, back):
         if outward is back or back is None or outward is None:
             return outward or back or self.exchange.empty_box()
@@ -261,10 +272,22 @@ def _put_back(work: Work, stage: Stage, lane: Lane, layers: range, pages: Pages)
         work.pages[layer] = kv
 
 
+def _fence(work: Work, chain: Chain, *waiting: dict[Stage, Box | None]) -> Chain:
+    """Everything under way leaves one barrier together, so nothing after it starts before all of it is there."""
+    parts = [list(boxes.values()) for boxes in waiting]
+    work.lanes, work.rows, sequence, parts = jax.lax.optimization_barrier(
+        (work.lanes, work.rows, chain.sequence, parts)
+    )
+    for boxes, values in zip(waiting, parts, strict=True):
+        boxes.update(zip(list(boxes), values, strict=True))
+    return dataclasses.replace(chain, sequence=sequence)
+
+
 def walk(schedule: Schedule, cast: Cast, exchange: Exchange, work: Work, chain: Chain) -> Chain:
     """One pass over all layers and micro-batches: each tick's exchange first, then what the tick computes.
 
-    Nothing in a tick reads what the same tick makes, so XLA may run its exchange beside its stages.
+    Nothing in a tick reads what the same tick makes, so XLA may run its exchange beside its stages. Without a fence it
+    also runs every micro-batch's stage before the first exchange, which fills no pipeline.
 
     Returns:
       The chain; `work` holds the lanes after the last stage and the pages with the new tokens.
@@ -275,6 +298,8 @@ def walk(schedule: Schedule, cast: Cast, exchange: Exchange, work: Work, chain: 
     combined: dict[Stage, Box] = {}
     for tick in schedule.ticks:
         arrived = None
+        if cast.fences(tick):
+            chain = _fence(work, chain, outward, back, dispatched, combined)
         if tick.exchange is not None:
             sends: ScheduledExchange = tick.exchange
             box = cast.merge(outward.pop(sends.dispatch, None), back.pop(sends.combine, None))  # type: ignore[arg-type]
