@@ -92,7 +92,7 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         if args.verbose:
             logging.getLogger("jmoe").exception("%s failed", args.command)
         known = isinstance(error, ValueError | OSError) and not isinstance(error, UnicodeError)
-        text = " ".join(str(error).split())  # one line, whatever it was
+        text = str(error).strip().partition("\n")[0]  # one line; a dead worker's last words are in the log
         name = "" if known and text else f"{type(error).__name__}: "
         hint = "" if known or isinstance(error, JmoeError) else " (a bug? --verbose shows where)"
         print(f"jmoe {args.command}: {name}{text}{hint}", file=sys.stderr, flush=True)

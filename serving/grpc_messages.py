@@ -130,8 +130,8 @@ def model_info(server: Server) -> pb.ModelInfo:
 
 
 def failure_details(error: Exception) -> str:
-    """An error as status details: its type's name, then what it says."""
-    return f"{type(error).__name__}: {error}"
+    """An error as status details: its type's name, then the first line of what it says (more is for this side only)."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def error_of(details: str) -> errors.JmoeError | None:

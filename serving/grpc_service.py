@@ -144,9 +144,6 @@ class GenerationService(jmoe_pb2_grpc.GenerationServicer):
             status = grpc.StatusCode.INTERNAL
         else:
             status = grpc.StatusCode.INVALID_ARGUMENT
-        server = self._server
-        if server is not None and server.failure is not None and status is grpc.StatusCode.UNAVAILABLE:
-            error = server.failure  # with the type that it had
         details = str(error) if status is grpc.StatusCode.INVALID_ARGUMENT else failure_details(error)
         await context.abort(status, details)
         raise AssertionError("abort raises")

@@ -137,7 +137,7 @@ def test_failures_are_exit_code_1_and_one_line(tmp_path, capsys, created):
 
 def test_a_cell_that_fails_is_named(checkpoint, created, monkeypatch, capsys):
     def create_executor(model, cell, kind, progress):
-        return FakeExecutor(cell, fail_at=0, error=WorkerDiedError("worker 1\nwas killed"))
+        return FakeExecutor(cell, fail_at=0, error=WorkerDiedError("worker 1 was killed\nits last words"))
 
     monkeypatch.setattr(sys.modules["jmoe.serving.executors.create"], "create_executor", create_executor)
     assert main(["generate", str(checkpoint), "the fox"]) == 1

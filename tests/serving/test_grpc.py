@@ -209,6 +209,9 @@ def test_a_full_inbox_is_resource_exhausted():
         until(lambda: front.server.stats()["waiting"] == 1)
         with pytest.raises(QueueFullError, match="max_waiting 1"):
             client.generate([7], LONG)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(front.stub.Generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[7])), timeout=10))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         front.executor.gate.set()
         assert [Completion.of(s).num_output_tokens for s in (first, second)] == [20, 20]
 

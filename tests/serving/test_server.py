@@ -11,7 +11,7 @@ from tiny_tokenizer import CHAT_TEMPLATE, byte_level_backend
 
 import jmoe
 from jmoe.serving.engine_config import EngineConfig
-from jmoe.serving.errors import CellFailedError, EngineClosedError, QueueFullError, WorkerDiedError
+from jmoe.serving.errors import EngineClosedError, QueueFullError, WorkerDiedError
 from jmoe.serving.metrics import Metrics
 from jmoe.serving.requests import FinishReason, RequestOutput, SamplingParams
 from jmoe.serving.server import Server
@@ -150,12 +150,25 @@ def test_cell_failure_is_raised_with_its_type_and_reported_once():
         server.on_failure(heard.append)
         with pytest.raises(WorkerDiedError, match="worker 1 was killed"):
             server.generate(["the fox", "dog"], LONG)
-        with pytest.raises(CellFailedError):
+        with pytest.raises(WorkerDiedError, match="worker 1 was killed"):
             server.generate("the fox", LONG)
         late = []
         server.on_failure(late.append)
     assert heard == late == [server.failure] and isinstance(server.failure, WorkerDiedError)
     assert executor.closed
+
+
+def test_a_failure_while_a_stream_waits_is_raised_there():
+    executor = FakeExecutor(
+        make_cell(vocab_size=VOCAB), fail_at=0, error=WorkerDiedError("worker 1 was killed"), gate=threading.Event()
+    )
+    with make_server(executor) as server:
+        streams = [server.stream([5], LONG), server.stream([6], LONG)]
+        executor.gate.set()
+        for stream in streams:
+            with pytest.raises(WorkerDiedError, match="worker 1 was killed"):
+                next(stream)
+            assert stream.finished and list(stream) == []
 
 
 def test_closed_server_takes_nothing_and_closes_its_executor():

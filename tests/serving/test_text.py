@@ -42,9 +42,11 @@ def test_stream_of_any_ids_equals_the_decode_of_the_whole(kind, data, seed):
 def test_output_after_a_prompt_is_what_the_whole_text_adds(kind):
     backend = BACKENDS[kind]
     tokenizer = Tokenizer(backend)
-    prompt, output = tokenizer.encode("the"), tokenizer.encode("the Paris is 日本 🙂")[1:]
+    prompt, whole = tokenizer.encode("the"), tokenizer.encode("the Paris is 日本 🙂")
+    output = whole[len(prompt) :]
+    assert whole[: len(prompt)] == prompt
     added = backend.decode(prompt + output).removeprefix(backend.decode(prompt))
-    assert streamed(tokenizer, output) == added
+    assert streamed(tokenizer, output) == added == " Paris is 日本 🙂"
 
 
 def test_half_a_character_is_held_back_until_it_is_whole():
@@ -85,13 +87,16 @@ def test_single_digits_and_special_tokens():
     ids = tokenizer.encode("<|im_start|>the<think>")
     assert ids[0] == BACKENDS["byte_level"].token_to_id("<|im_start|>")
     assert tokenizer.decode(ids) == "the<think>"  # special tokens have no text, added ones do
+    ids = tokenizer.encode("fox<think>two words 日")
+    assert BACKENDS["byte_level"].token_to_id("two words") in ids and tokenizer.decode(ids) == "fox<think>two words 日"
 
 
-def test_truncation_in_the_file_does_not_cut_prompts():
+def test_truncation_and_padding_in_the_file_do_not_change_prompts():
     backend = byte_level_backend()
     backend.enable_truncation(4)
     backend.enable_padding(length=64)
-    assert Tokenizer(backend).decode(Tokenizer(backend).encode(TEXT)) == TEXT
+    assert Tokenizer(backend).encode(TEXT) == byte_level_backend().encode(TEXT).ids
+    assert Tokenizer(backend).encode("fox") == byte_level_backend().encode("fox").ids
 
 
 def test_other_decoders_are_refused_by_name():
