@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import pathlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -418,6 +419,19 @@ def test_config():
     for wrong in ({"port": 70000}, {"tls_cert": "c"}, {"max_calls": 0}, {"grace_s": -1}, {"write_timeout_s": 0}):
         with pytest.raises(ValueError, match="expected"):
             GrpcConfig(**wrong)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_tls(tmp_path):
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-days", "1", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*command, "-keyout", key, "-out", cert], check=True, timeout=60, capture_output=True)
+    with running(tls_cert=str(cert), tls_key=str(key)) as front:
+        with Client(front.address, tls_ca=cert) as client:
+            assert client.generate([5], LONG).num_output_tokens == 20
+        with Client(front.address) as client, pytest.raises(ConnectionError):
+            client.generate([5], LONG)
 
 
 def test_a_port_in_use_is_an_error():
