@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,11 @@ import numpy as np
 
 from jmoe.cell_config import CellConfig
 from jmoe.checkpoints.load import CheckpointReader
+from jmoe.checkpoints.random_weights import PREFIX, RandomWeights
 from jmoe.decode_loop import DeviceState, Role
 from jmoe.device_params import DeviceParams, ParamSource
 from jmoe.errors import SequenceMismatchError
-from jmoe.lowering import AbstractCell, Key, lower_program
+from jmoe.lowering import AbstractCell, Key, lower_program, on_each_device
 from jmoe.sampling import TokenCounts
 from jmoe.sharding.meshes import from_shards, joint_mesh, local_devices
 from jmoe.step_inputs import StepLayout
@@ -57,10 +58,12 @@ class CellRuntime:
         """Places this process's share of the weights, and an empty KV cache.
 
         Args:
-          source: a Hugging Face checkpoint folder, or anything that parameters can be read from.
+          source: a Hugging Face checkpoint folder, "random:SEED", or anything that parameters can be read from.
           progress: gets a line now and then.
         """
-        if isinstance(source, (str, os.PathLike)):
+        if isinstance(source, str) and source.startswith(PREFIX):
+            source = RandomWeights(self.cell.model, int(source.removeprefix(PREFIX)))
+        elif isinstance(source, (str, os.PathLike)):
             source = CheckpointReader(source, self.cell.model)
         if self.role != "expert":
             self._attention = self._params.place("attention", source, progress)
@@ -111,6 +114,16 @@ class CellRuntime:
             if (array := getattr(emitted, name)) is not None:
                 result[name] = np.stack(self._of_replicas(array), axis=1)
         return result
+
+    def map_devices(self, function: Callable[..., Any], inputs: np.ndarray, kind: Literal["prefill", "decode"]):
+        """A call of `function(attention, experts, state, inputs)` on every device, compiled; for measurements.
+
+        Returns:
+          A function of no arguments that runs it once and returns its result over the joint mesh.
+        """
+        arguments = self._arguments((kind, False), inputs)
+        compiled = jax.jit(on_each_device(function, self.mesh)).lower(*arguments).compile()
+        return lambda: compiled(*arguments)
 
     def set_sequence(self, device_index: int, value: int) -> None:
         """Puts one device of this process out of step; a drill for what `SequenceMismatchError` is for."""

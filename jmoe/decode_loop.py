@@ -70,7 +70,9 @@ class CellProgram:
         assert mesh.directions != "auto"
         self.schedule = build_schedule(len(model.moe_layers), mesh.num_micro_batches, mesh.directions)
 
-    def __call__(self, attention: dict[str, Any], experts: dict[str, Any], state: DeviceState, inputs: jax.Array | None):
+    def __call__(
+        self, attention: dict[str, Any], experts: dict[str, Any], state: DeviceState, inputs: jax.Array | None
+    ):
         """Runs the call on one device.
 
         Args:

@@ -1,0 +1,169 @@
+"""Stage timing: T_a, T_e and T_c of a cell, each measured alone on the devices at hand.
+
+Every device runs the stage of the role that it plays in the cell; the other role's devices run it too, on idle buffers.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmoe.cell_runtime import CellRuntime
+from jmoe.decode_loop import DeviceState
+from jmoe.models.attention import AttentionHalf
+from jmoe.models.experts import ExpertHalf
+from jmoe.models.model import take_from
+from jmoe.role_programs import AttentionRole, ExpertRole
+from jmoe.rows import Rows
+from jmoe.schedule import Stage
+from jmoe.sharding.exchange import Box, Chain, Exchange
+from jmoe.step_inputs import StepInputs, StepLayout
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageTimes:
+    """Seconds of one stage of one micro-batch.
+
+    Attributes:
+      attention_s: attention of one MoE layer, from combine to router.
+      expert_s: the experts of one layer.
+      exchange_s: one exchange in one direction. exchange_both_s: one in both.
+      head_s: final norm, logits and argmax.
+    """
+
+    attention_s: float
+    expert_s: float
+    exchange_s: float
+    exchange_both_s: float
+    head_s: float
+
+
+def decode_batch(runtime: CellRuntime, context: int) -> StepInputs:
+    """A full decode batch whose every row has `context` tokens in its own pages, random last tokens."""
+    cell = runtime.cell
+    inputs = StepInputs(cell, "decode")
+    shape = inputs["num_tokens"].shape
+    inputs["num_tokens"][...] = inputs["sample"][...] = 1
+    inputs["slot"][...] = np.arange(cell.rows)
+    inputs["start_pos"][...] = context
+    inputs["num_prompt"][...] = context
+    inputs["remaining"][...] = cell.max_len - context
+    inputs["token_ids"][...] = np.random.default_rng(0).integers(0, cell.model.vocab_size, (*shape, 1))
+    per_replica = shape[1] * shape[2]
+    if per_replica * cell.max_pages > cell.num_pages - 1:
+        raise ValueError(
+            f"decode_batch: expected pages for {per_replica} rows of {cell.max_len} tokens, got {cell.num_pages}"
+        )
+    pages = 1 + np.arange(per_replica * cell.max_pages).reshape(*shape[1:], cell.max_pages)
+    inputs["page_table"][...] = pages
+    return inputs
+
+
+def time_stages(runtime: CellRuntime, context: int, repeats: int = 5) -> StageTimes:
+    """Measures the stages of a cell's decode step on loaded weights; the runtime must be "inline".
+
+    Each stage is run for every layer in a chain of data inside one call, so that weights come from memory and not from a
+    cache; a call of one stage is taken off, which leaves the launch out.
+
+    Args:
+      runtime: with weights loaded.
+      context: tokens that each row's pages hold.
+      repeats: timed calls; the median counts.
+    """
+    cell = runtime.cell
+    batch = decode_batch(runtime, context).array
+    layout = StepLayout.of(cell, "decode")
+    num_layers = len(cell.model.moe_layers)
+    exchange = Exchange.of(
+        cell.mesh, cell.model.hidden_size, layout.num_rows * layout.num_tokens, cell.model.num_experts_per_tok,
+        cell.model.dtype,
+    )  # fmt: skip
+
+    def attention(count: int, params, experts, state: DeviceState, inputs):
+        role, rows = _attention_role(runtime, params, exchange), Rows.unpack(inputs[0], layout)
+        lane, box = role.empty_lane(), None
+        for j in range(count):
+            stage = Stage(j, 0)
+            assert state.pages is not None
+            pages = [state.pages[layer] for layer in role.layers_of(stage)]
+            lane, _, box = jax.lax.optimization_barrier(role.stage(stage, lane, pages, rows, box))
+        return lane.x, box
+
+    def experts_only(count: int, params, experts, state: DeviceState, inputs):
+        role = ExpertRole(cell, ExpertHalf(cell.model, take_from(experts)), exchange)
+        box = _received(exchange, runtime, inputs)
+        for j in range(count):
+            out = jax.lax.optimization_barrier(role.stage(Stage(j, 0), box))
+            box = dataclasses.replace(box, hidden=out.hidden)
+        return box
+
+    def exchanges(combine: bool, count: int, params, experts, state: DeviceState, inputs):
+        box, chain = _received(exchange, runtime, inputs), Chain.start(state.sequence)
+        for _ in range(count):
+            got, chain = exchange(box, chain, dispatch=True, combine=combine)
+            hidden, sequence = jax.lax.optimization_barrier((got.hidden, chain.sequence))
+            box, chain = dataclasses.replace(box, hidden=hidden), dataclasses.replace(chain, sequence=sequence)
+        return box.hidden, chain.sequence
+
+    def head(count: int, params, experts, state: DeviceState, inputs):
+        role, rows = _attention_role(runtime, params, exchange), Rows.unpack(inputs[0], layout)
+        x = role.half.embed_tokens(rows.token_ids, role.tensor)[:, 0]
+        for _ in range(count):
+            logits = role.half.logits(x, role.tensor)
+            x = jax.lax.optimization_barrier(x + jnp.argmax(logits, axis=-1, keepdims=True).astype(x.dtype) * 0)
+        return x
+
+    def slope(function: Callable, count: int) -> float:
+        """Seconds of one more repetition."""
+        few, many = (
+            _median_s(runtime.map_devices(functools.partial(function, n), batch, "decode"), repeats)
+            for n in (1, count)
+        )
+        return max(many - few, 0.0) / (count - 1)
+
+    return StageTimes(
+        attention_s=slope(attention, num_layers),
+        expert_s=slope(experts_only, num_layers),
+        exchange_s=slope(functools.partial(exchanges, False), 33),
+        exchange_both_s=slope(functools.partial(exchanges, True), 33),
+        head_s=slope(head, 5),
+    )
+
+
+def _attention_role(runtime: CellRuntime, params, exchange: Exchange) -> AttentionRole:
+    return AttentionRole(runtime.cell, AttentionHalf(runtime.cell.model, take_from(params)), exchange)
+
+
+def _received(exchange: Exchange, runtime: CellRuntime, inputs: jax.Array) -> Box:
+    """A box as an expert node gets it: full rows, experts drawn uniformly, its contents unknown to the compiler."""
+    model, mesh = runtime.cell.model, runtime.cell.mesh
+    assert mesh.placement is not None
+    rng = np.random.default_rng(1)
+    shape = exchange.empty_box().local_idx.shape
+    drawn = np.stack([
+        rng.permutation(model.num_experts)[: shape[-1]] for _ in range(int(np.prod(shape[:-1])))
+    ]).reshape(shape)  # fmt: skip
+    here = drawn < mesh.placement.max_local_experts
+    unknown = (inputs.max() < -1).astype(jnp.int32)  # 0, but only at run time
+    return dataclasses.replace(
+        exchange.empty_box(),
+        hidden=jnp.full_like(exchange.empty_box().hidden, 0.01) + unknown.astype(exchange.format.dtype),
+        topk_weights=jnp.full(shape, 1 / shape[-1]) + unknown,
+        local_idx=jnp.asarray(np.where(here, drawn, -1), jnp.int32) + unknown,
+        num_rows=jnp.full(shape[:1], shape[1], jnp.int32) + unknown,
+    )
+
+
+def _median_s(call: Callable[[], object], repeats: int) -> float:
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
