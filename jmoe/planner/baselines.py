@@ -1,11 +1,13 @@
 """Deployments without disaggregation on the same GPUs, priced with the same constants: is it worth it at all?"""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import numpy as np
 
 from jmoe.planner.deployment import Problem, largest_rows
+from jmoe.planner.expert_placement import PlacedExperts
 from jmoe.planner.formulas import head_time
 from jmoe.planner.hardware import GpuKind
 from jmoe.planner.performance import Memory, Roofline, collective_s, distinct_nodes
@@ -60,9 +62,27 @@ class Engine:
         """GPUs that share one expert."""
         return max(1, self.num_gpus // self.stages // self.expert_nodes)
 
+    @functools.cached_property
+    def _placed(self) -> PlacedExperts | None:
+        """By the histogram, if there is one, with room for one more expert a node."""
+        even = -(-self.problem.model.num_experts // self.expert_nodes)
+        return self.problem.placed(self.expert_nodes, even + 1) if self.expert_nodes > 1 else None
+
     @property
     def local_experts(self) -> int:
+        """Experts on the fullest node."""
+        if self._placed is not None:
+            return self._placed.placement.max_local_experts
         return -(-self.problem.model.num_experts // self.expert_nodes)
+
+    @property
+    def _share(self) -> float:
+        """Share of all (token, expert) pairs on the busiest node."""
+        model, skew = self.problem.model, self.problem.workload.expert_imbalance
+        if self._placed is not None:
+            return min(1.0, float(self._placed.loads.max() / self._placed.loads.sum()) * skew)
+        copies = max(1, self.expert_nodes // model.num_experts)
+        return min(1.0, self.local_experts / (model.num_experts * copies) * skew)
 
     def weight_bytes(self) -> float:
         """Of the fullest GPU."""
@@ -80,13 +100,10 @@ class Engine:
     def lanes(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Attention, experts and one-way exchange of one layer; rows requests of one replica's micro-batch."""
         problem, model, times = self.problem, self.problem.model, self._times
-        mean, variance = problem.context
-        context = mean * problem.workload.attention_imbalance
-        del variance  # ranks of one engine share every request; replicas of "wide" are averaged over many steps
+        # Ranks of one engine share every request; for the replicas of "wide" the mean context flatters the baseline.
+        context = problem.context[0] * problem.workload.attention_imbalance
         attention = times.attention_s(rows, context, self.ranks)
-        copies = max(1, self.expert_nodes // model.num_experts)
-        share = min(1.0, self.local_experts / (model.num_experts * copies) * problem.workload.expert_imbalance)
-        pairs = rows * self.replicas * model.num_experts_per_tok * share
+        pairs = rows * self.replicas * model.num_experts_per_tok * self._share
         expert = times.expert_products_s(pairs, self.local_experts, self.expert_ranks) + self.gpu.stage_overhead_s
         if self.mode != "wide":
             hidden = rows * model.hidden_size * 2
@@ -99,7 +116,7 @@ class Engine:
         copies = distinct_nodes(model.num_experts, model.num_experts_per_tok, self.expert_nodes)
         row_bytes = model.hidden_size * max(precision.dispatch_bytes, precision.combine_bytes)
         sent = rows * copies * (1 - 1 / self.expert_nodes) * row_bytes / self.ranks
-        sent = sent * self.problem.workload.expert_imbalance
+        sent = sent * max(1.0, self._share * self.expert_nodes)
         if self.num_gpus <= gpu.scale_up_domain:
             return sent / gpu.scale_up_bytes_s + gpu.kernels.scale_up_latency_us * 1e-6
         inside = gpu.scale_up_domain / self.num_gpus

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from jmoe.planner.deployment import Problem
+from jmoe.planner.deployment import Problem, expert_slots
 from jmoe.planner.hardware import GpuKind
 from jmoe.planner.performance import Memory
 from jmoe.planner.plan_file import Objective, Plan
@@ -44,7 +44,7 @@ def choose(problem: Problem, table: Any, colocated: Any, objective: Objective, m
     advice = "disaggregate" if gain >= 1 else "do not disaggregate"
     return Plan(
         model=model,
-        mesh=mesh_of(best, problem.model.num_experts),
+        mesh=mesh_of(best, problem),
         rows=int(best["rows"]),
         num_pages=_num_pages(best, problem),
         page_len=PAGE_LEN,
@@ -60,11 +60,13 @@ def choose(problem: Problem, table: Any, colocated: Any, objective: Objective, m
     )
 
 
-def mesh_of(row: Any, num_experts: int) -> MeshConfig:
-    """The MeshConfig of a table row; replicated experts get an explicit placement, one expert a node."""
-    nodes = int(row["expert"])
-    placement = None
-    if nodes > num_experts:
+def mesh_of(row: Any, problem: Problem) -> MeshConfig:
+    """The MeshConfig of a table row; replicated experts and placements by a histogram are written out."""
+    nodes, num_experts = int(row["expert"]), problem.model.num_experts
+    slots = expert_slots(problem, problem.catalogue[row["expert_gpu"]], int(row["expert_tensor"]))
+    placed = problem.placed(nodes, slots)
+    placement = placed.placement if placed is not None else None
+    if placement is None and nodes > num_experts:
         placement = ExpertPlacement(tuple((n % num_experts,) for n in range(nodes)))
     return MeshConfig(
         attention=int(row["attention"]),

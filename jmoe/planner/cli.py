@@ -2,14 +2,18 @@
 
 import argparse
 import dataclasses
+import json
 import pathlib
 import sys
 from typing import Any
+
+import numpy as np
 
 from jmoe.planner.baselines import BaselineOptions, baselines
 from jmoe.planner.choice import NoPlanError, cell_text, choose
 from jmoe.planner.deployment import Problem
 from jmoe.planner.hardware import GpuKind, load_catalogue, parse_gpus
+from jmoe.planner.latency_front import cell_of
 from jmoe.planner.model_shape import load_model_shape
 from jmoe.planner.performance import Precision, Roofline, StageTimes
 from jmoe.planner.plan_file import Objective, Plan, write_plan
@@ -18,6 +22,7 @@ from jmoe.planner.search import SearchOptions, search
 from jmoe.planner.table import OBJECTIVES, explain, find, rank, write_parquet
 from jmoe.planner.workload import Workload, lengths_summary
 
+MAX_HISTOGRAM_BYTES = 1 << 20
 _BYTES = {"bf16": 2.0, "fp8": 1.0}
 
 
@@ -32,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length-sigma", type=float, default=0.0, help="spread of log-normal lengths (default 0)")
     parser.add_argument("--trace", help="JSON lines or CSV with prompt_len and output_len, instead of the lengths")
     parser.add_argument("--expert-imbalance", type=float, default=1.0, help="busiest node's rows over the mean")
+    parser.add_argument("--histogram", help="JSON list of rows by expert: replicate and place experts by it")
     parser.add_argument("--weights", choices=tuple(_BYTES), default="bf16")
     parser.add_argument("--kv", choices=tuple(_BYTES), default="bf16")
     parser.add_argument("--dispatch", choices=tuple(_BYTES), default="bf16", help="rows on their way to the experts")
@@ -49,12 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `jmoe plan`; 0 when a plan was written, 2 for bad input or an impossible request (said on stderr)."""
+    """Runs `jmoe plan`: 0 when a plan was written, 1 when nothing meets the request, 2 for bad input (with why)."""
     try:
         return _run(args)
     except (ValueError, OSError, ImportError) as error:
         print(f"jmoe plan: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, NoPlanError) else 2
 
 
 def _problem(args: argparse.Namespace) -> Problem:
@@ -77,7 +83,18 @@ def _problem(args: argparse.Namespace) -> Problem:
         return MeasuredTimes(Roofline(model, attention, expert, precision), profiles)
 
     pool = parse_gpus(args.gpus, catalogue)
-    return Problem(model, catalogue, pool, workload, precision, times if profiles else None)
+    histogram = _read_histogram(args.histogram) if args.histogram else None
+    return Problem(model, catalogue, pool, workload, precision, times if profiles else None, histogram)
+
+
+def _read_histogram(path: str) -> tuple[float, ...]:
+    file = pathlib.Path(path)
+    if file.stat().st_size > MAX_HISTOGRAM_BYTES:
+        raise ValueError(f"--histogram {path}: expected at most {MAX_HISTOGRAM_BYTES} bytes, got a larger file")
+    counts = json.loads(file.read_text())
+    if not isinstance(counts, list) or not all(isinstance(c, int | float) and c >= 0 for c in counts):
+        raise ValueError(f"--histogram {path}: expected a list of numbers of at least 0, got something else")
+    return tuple(float(c) for c in counts)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -106,6 +123,8 @@ def _run(args: argparse.Namespace) -> int:
         print("\nNot disaggregated, the same GPUs:")
         print(format_rows(rank(colocated, args.objective).head(args.top), problem, args.objective))
     print("\n" + verdict(plan))
+    if args.transport == "exact":
+        print(_padded(problem, ranked.iloc[0]))
     write_plan(plan, output)
     print(f"wrote {output} and {kept}")
     if args.explain:
@@ -116,6 +135,16 @@ def _run(args: argparse.Namespace) -> int:
         for path in draw_plan(problem, table, colocated, ranked.iloc[0], args.objective, pathlib.Path(args.plot)):
             print(f"drew {path}")
     return 0
+
+
+def _padded(problem: Problem, best: Any) -> str:
+    """What the portable transport would make of the chosen cell: every pair carries the worst case."""
+    rows = np.array([int(best["rows"])])
+    step = float(dataclasses.replace(cell_of(problem, best), transport="ppermute").step(rows)[0])
+    return (
+        f"the times are for exact row counts; with the padded ppermute transport this cell takes {step * 1e3:.1f} ms a "
+        f"token instead of {best['step_s'] * 1e3:.1f} (--transport ppermute plans for it)"
+    )
 
 
 def _explain(args: argparse.Namespace, table: Any, problem: Problem, best: Any) -> None:
@@ -148,14 +177,14 @@ def _rejections(table: Any) -> str:
 
 def format_rows(rows: Any, problem: Problem, objective: Objective, best: Any | None = None) -> str:
     """A short text table of ranked rows, with what holds each back."""
-    lines = [
-        f"  # {'cell':<44} {'GPUs':>4} {'m':>2} {'batch':>6} {'ms':>6} {'tok/s/GPU':>9} {f'tok/s/{objective}':>11}  why"
-    ]
+    by = f"{f'tok/s/{objective}':>11}" if objective != "gpu" else ""
+    lines = [f"  # {'cell':<46} {'GPUs':>4} {'m':>2} {'batch':>6} {'ms':>6} {'tok/s/GPU':>9} {by}  why"]
     for number, (_, row) in enumerate(rows.iterrows(), 1):
+        value = f"{row[OBJECTIVES[objective]]:>11.2f}" if objective != "gpu" else ""
         micro = f"{row['num_micro_batches']}{ {'both': 'b', 'one': ''}.get(row['schedule'], '')}"
         lines.append(
-            f" {number:>2} {cell_text(row):<44} {row['num_gpus']:>4} {micro:>2} {row['batch']:>6} "
-            f"{row['step_s'] * 1e3:>6.1f} {row['tokens_s_per_gpu']:>9.1f} {row[OBJECTIVES[objective]]:>11.2f}  "
+            f" {number:>2} {cell_text(row):<46} {row['num_gpus']:>4} {micro:>2} {row['batch']:>6} "
+            f"{row['step_s'] * 1e3:>6.1f} {row['tokens_s_per_gpu']:>9.1f} {value}  "
             f"{explain(row, problem, best, objective)}"
         )
     return "\n".join(lines)

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from jmoe.planner.expert_placement import PlacedExperts, place_experts
 from jmoe.planner.formulas import ScheduleKind, head_time, total_time
 from jmoe.planner.hardware import Catalogue, GpuKind
 from jmoe.planner.model_shape import ModelShape
 from jmoe.planner.performance import (
     ExchangeModel,
+    Memory,
     Precision,
     Roofline,
     StageTimes,
@@ -29,6 +31,8 @@ class Problem:
     Args:
       pool: GPU kinds and how many of each may be used.
       times: makes the stage times of a pair of kinds (attention, expert); the roofline unless given.
+      histogram: rows of each expert in some traffic; then experts are replicated and placed by it, where memory
+        allows, instead of contiguous and balanced, and the busiest node's load follows from it.
     """
 
     model: ModelShape
@@ -37,6 +41,29 @@ class Problem:
     workload: Workload = dataclasses.field(default_factory=Workload)
     precision: Precision = dataclasses.field(default_factory=Precision)
     times: TimesFactory | None = None
+    histogram: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        if self.histogram is not None and len(self.histogram) != self.model.num_experts:
+            raise ValueError(
+                f"Problem.histogram: expected {self.model.num_experts} counts (the model's experts), "
+                f"got {len(self.histogram)}"
+            )
+
+    @functools.cached_property
+    def _placements(self) -> dict[tuple[int, int], PlacedExperts]:
+        return {}
+
+    def placed(self, num_nodes: int, slots: int) -> PlacedExperts | None:
+        """Experts placed by the histogram on nodes that hold `slots` of them; None without a histogram or room."""
+        if self.histogram is None or num_nodes * slots < self.model.num_experts:
+            return None
+        # More than two replicas' worth of spare slots a node no longer helps, and each is memory and search time.
+        slots = min(slots, -(-self.model.num_experts // num_nodes) + 2, self.model.num_experts)
+        key = (num_nodes, slots)
+        if key not in self._placements:
+            self._placements[key] = place_experts(self.histogram, num_nodes, slots)
+        return self._placements[key]
 
     @functools.cached_property
     def context(self) -> tuple[float, float]:
@@ -72,20 +99,33 @@ class Deployment:
     def num_gpus(self) -> np.ndarray:
         return self.num_replicas * self.attention_tensor + self.num_nodes * self.expert_tensor
 
-    @property
+    @functools.cached_property
+    def _placed(self) -> list[PlacedExperts | None]:
+        """By cell: the placement that the histogram asks for."""
+        slots = expert_slots(self.problem, self.expert_gpu, self.expert_tensor)
+        return [self.problem.placed(int(n), slots) for n in np.ravel(self.num_nodes)]
+
+    @functools.cached_property
     def local_experts(self) -> np.ndarray:
         """Experts on the fullest node."""
-        return np.ceil(self.problem.model.num_experts / self.num_nodes)
+        even = np.ceil(self.problem.model.num_experts / self.num_nodes)
+        if self.problem.histogram is None:
+            return even
+        held = [p.placement.max_local_experts if p else np.nan for p in self._placed]
+        return np.where(np.isnan(held), even, held)
 
     @property
     def one_domain(self) -> np.ndarray:
         same = self.attention_gpu.name == self.expert_gpu.name and not self.network_only
         return np.asarray(same & (self.num_gpus <= self.attention_gpu.scale_up_domain))
 
-    @property
+    @functools.cached_property
     def node_share(self) -> np.ndarray:
         """Share of all (token, expert) pairs that the busiest node gets: its experts', over their copies."""
         model = self.problem.model
+        if self.problem.histogram is not None:
+            shares = np.array([p.loads.max() / p.loads.sum() if p else 1.0 for p in self._placed])
+            return np.minimum(shares * self.problem.workload.expert_imbalance, 1.0)
         copies = np.maximum(1, np.floor(self.num_nodes / model.num_experts))
         even = np.minimum(self.local_experts / (model.num_experts * copies), 1.0)
         return np.minimum(even * self.problem.workload.expert_imbalance, 1.0)
@@ -131,6 +171,11 @@ class Deployment:
             total = total + m * model.num_dense_layers * times.dense_s(rows, context, self.attention_tensor)
         slowest = np.maximum(np.maximum(attention, expert), exchange)
         return total + head_time(m, times.head_s(rows, self.attention_tensor), slowest)
+
+
+def expert_slots(problem: Problem, gpu: GpuKind, tensor: int) -> int:
+    """How many experts a node of `tensor` GPUs can hold."""
+    return int(tensor * gpu.usable_bytes // Memory(problem.model, problem.precision).expert_bytes)
 
 
 def largest_rows(step: Callable[[np.ndarray], np.ndarray], most: np.ndarray, slo_s: float) -> np.ndarray:

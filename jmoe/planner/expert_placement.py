@@ -7,6 +7,9 @@ import numpy as np
 
 from jmoe.sharding.placement import ExpertPlacement
 
+MAX_CANDIDATES = 24
+CLOSE_ENOUGH = 1.005  # of the mean load, where the search for a better placement stops
+
 
 @dataclasses.dataclass(frozen=True)
 class PlacedExperts:
@@ -83,6 +86,8 @@ def place_experts(
         default = ExpertPlacement.balanced(num_experts, num_nodes)
         best = _result(costs, _improve(costs, [set(node) for node in default.nodes]))
     for copies in _replica_counts(costs, num_nodes, slots):
+        if best is not None and best.loads.max() <= CLOSE_ENOUGH * best.loads.mean():
+            break  # no placement is below the mean, and each replica costs memory
         nodes = _spread(costs / copies, copies, num_nodes, slots)
         placed = _improve(costs / copies, nodes)
         candidate = _result(costs, placed)
@@ -103,8 +108,8 @@ def _replica_counts(costs: np.ndarray, num_nodes: int, slots: int) -> list[np.nd
             break
         copies[busiest] += 1
         counts.append(copies.copy())
-    if len(counts) > 64:  # every candidate costs a placement; the last and evenly spaced ones are enough
-        picks = np.unique(np.linspace(0, len(counts) - 1, 64).astype(int))
+    if len(counts) > MAX_CANDIDATES:  # every candidate costs a placement; evenly spaced ones are enough
+        picks = np.unique(np.linspace(0, len(counts) - 1, MAX_CANDIDATES).astype(int))
         counts = [counts[i] for i in picks]
     return counts
 

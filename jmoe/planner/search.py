@@ -72,8 +72,8 @@ def _search_pair(
         return []
     replicas, nodes = grid
     memory = Memory(problem.model, problem.precision)
-    local = np.ceil(problem.model.num_experts / nodes)
-    expert_need, expert_have = local * memory.expert_bytes / tensor_e, expert.usable_bytes
+    any_schedule = Deployment(problem, attention, expert, tensor_a, tensor_e, 1, "one", replicas, nodes)
+    expert_need, expert_have = any_schedule.local_experts * memory.expert_bytes / tensor_e, expert.usable_bytes
     tokens = float(memory.max_kv_tokens(attention, tensor_a))
     context = problem.context[0] * problem.workload.attention_imbalance
     parts = []
