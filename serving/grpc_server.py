@@ -143,6 +143,8 @@ async def run_grpc(config: GrpcConfig, load: Callable[[], Server], say: Callable
             raise front.failure
         say(f"draining: running requests have {config.grace_s:g} s")
         done = await front.drain()
+        if front.failure is not None:
+            raise front.failure
         say("drained" if done else "drained; requests that were still running were cut off")
         return 0
     finally:

@@ -332,6 +332,21 @@ def test_a_failed_cell_ends_serve_with_1_and_one_line(served, tmp_path):
     assert err[-1].startswith("jmoe serve:") and not any("Traceback" in line for line in err)
 
 
+def test_a_cell_that_fails_in_a_drain_is_a_failure(served, tmp_path):
+    front = served("fail")
+    with Client(front.address()) as client:
+        stream = client.stream([5])
+        wait_for(tmp_path / "gate.entered")
+        front.process.send_signal(signal.SIGTERM)
+        assert front.line().startswith("draining")
+        (tmp_path / "gate").touch()
+        with pytest.raises(WorkerDiedError):
+            next(stream)
+    code, out, err = front.end()
+    assert (code, out) == (1, ["closed"])
+    assert err[-1] == "jmoe serve: WorkerDiedError: worker expert-1 ended with signal 9"
+
+
 def test_other_hosts_without_tls_are_warned_about_and_a_taken_port_fails(served):
     front = served("ok", "--host", "0.0.0.0")
     line = front.line()
