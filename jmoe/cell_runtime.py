@@ -11,7 +11,8 @@ import numpy as np
 
 from jmoe.cell_config import CellConfig
 from jmoe.checkpoints.load import CheckpointReader
-from jmoe.checkpoints.random_weights import PREFIX, RandomWeights
+from jmoe.checkpoints.random_weights import RandomWeights
+from jmoe.config import RANDOM_WEIGHTS
 from jmoe.decode_loop import DeviceState, Role
 from jmoe.device_params import DeviceParams, ParamSource
 from jmoe.errors import SequenceMismatchError
@@ -61,8 +62,8 @@ class CellRuntime:
           source: a Hugging Face checkpoint folder, "random:SEED", or anything that parameters can be read from.
           progress: gets a line now and then.
         """
-        if isinstance(source, str) and source.startswith(PREFIX):
-            source = RandomWeights(self.cell.model, int(source.removeprefix(PREFIX)))
+        if isinstance(source, str) and source.startswith(RANDOM_WEIGHTS):
+            source = RandomWeights(self.cell.model, int(source.removeprefix(RANDOM_WEIGHTS)))
         elif isinstance(source, (str, os.PathLike)):
             source = CheckpointReader(source, self.cell.model)
         if self.role != "expert":

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
+RANDOM_WEIGHTS = "random:"  # "random:SEED" stands where a checkpoint folder would: random weights of any size
 FAMILIES = ("mixtral", "qwen3_moe", "dbrx")
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmoe.cell_runtime import CellRuntime
+from jmoe.decode_batch import decode_batch
 from jmoe.decode_loop import DeviceState
 from jmoe.models.attention import AttentionHalf
 from jmoe.models.experts import ExpertHalf
@@ -22,7 +23,7 @@ from jmoe.role_programs import AttentionRole, ExpertRole
 from jmoe.rows import Rows
 from jmoe.schedule import Stage
 from jmoe.sharding.exchange import Box, Chain, Exchange
-from jmoe.step_inputs import StepInputs, StepLayout
+from jmoe.step_inputs import StepLayout
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,27 +44,6 @@ class StageTimes:
     head_s: float
 
 
-def decode_batch(runtime: CellRuntime, context: int) -> StepInputs:
-    """A full decode batch whose every row has `context` tokens in its own pages, random last tokens."""
-    cell = runtime.cell
-    inputs = StepInputs(cell, "decode")
-    shape = inputs["num_tokens"].shape
-    inputs["num_tokens"][...] = inputs["sample"][...] = 1
-    inputs["slot"][...] = np.arange(cell.rows)
-    inputs["start_pos"][...] = context
-    inputs["num_prompt"][...] = context
-    inputs["remaining"][...] = cell.max_len - context
-    inputs["token_ids"][...] = np.random.default_rng(0).integers(0, cell.model.vocab_size, (*shape, 1))
-    per_replica = shape[1] * shape[2]
-    if per_replica * cell.max_pages > cell.num_pages - 1:
-        raise ValueError(
-            f"decode_batch: expected pages for {per_replica} rows of {cell.max_len} tokens, got {cell.num_pages}"
-        )
-    pages = 1 + np.arange(per_replica * cell.max_pages).reshape(*shape[1:], cell.max_pages)
-    inputs["page_table"][...] = pages
-    return inputs
-
-
 def time_stages(runtime: CellRuntime, context: int, repeats: int = 5) -> StageTimes:
     """Measures the stages of a cell's decode step on loaded weights; the runtime must be "inline".
 
@@ -76,7 +56,7 @@ def time_stages(runtime: CellRuntime, context: int, repeats: int = 5) -> StageTi
       repeats: timed calls; the median counts.
     """
     cell = runtime.cell
-    batch = decode_batch(runtime, context).array
+    batch = decode_batch(cell, context).array
     layout = StepLayout.of(cell, "decode")
     num_layers = len(cell.model.moe_layers)
     exchange = Exchange.of(

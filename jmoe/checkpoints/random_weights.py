@@ -8,7 +8,6 @@ import numpy as np
 from jmoe.config import ModelConfig
 from jmoe.models.model import array_specs
 
-PREFIX = "random:"  # "random:SEED" stands where a checkpoint folder would
 _TILE = 1 << 22  # distinct numbers; larger arrays repeat them, since drawing 45 billion would take an hour
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jmoe.cell_config import CellConfig
+from jmoe.config import RANDOM_WEIGHTS
 from jmoe.serving.deadlines import Deadlines
 from jmoe.serving.errors import CellFailedError
 from jmoe.serving.executors.protocol import ProgramKey
@@ -84,7 +85,8 @@ class ProcessesExecutor:
             if not isinstance(checkpoint, (str, os.PathLike)):
                 report("handing the model over")
                 checkpoint = stack.enter_context(handed_over(checkpoint))
-            path = str(pathlib.Path(checkpoint).absolute())
+            is_random = str(checkpoint).startswith(RANDOM_WEIGHTS)
+            path = str(checkpoint) if is_random else str(pathlib.Path(checkpoint).absolute())
             self._supervisor.call("load", self._same({"path": path}), self._deadlines.load_s, report)
 
     @property
