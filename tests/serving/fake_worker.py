@@ -81,6 +81,8 @@ class FakeRuntime:
             os._exit(7)
         elif fault == "slow":
             time.sleep(0.3)
+        elif fault == "slower":
+            time.sleep(0.8)
         elif fault == "value_error":
             raise ValueError("expected a good checkpoint, got a bad one")
         elif fault == "sequence_error":
@@ -94,6 +96,7 @@ class FakeRuntime:
 
     def load(self, path, progress):
         progress(f"read {path}")
+        progress(f"sees the token: {worker.TOKEN_VARIABLE in os.environ}")
         self.suffer("load")
 
     def compile(self, *keys):
@@ -102,6 +105,7 @@ class FakeRuntime:
     def run(self, key, inputs):
         self.calls += 1
         self.suffer("run")
+        self.suffer(f"run{self.calls}")
         if self.role == "expert":
             assert inputs is None, "an expert worker gets nothing but the number"
             return {"dropped_rows": 1}

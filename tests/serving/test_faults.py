@@ -156,6 +156,15 @@ def test_a_stuck_collective_passes_the_step_deadline(monkeypatch, victim):
         executor.close()
 
 
+def test_later_calls_have_a_shorter_deadline_than_a_program_s_first(monkeypatch):
+    deadlines = dataclasses.replace(PATIENT, first_step_s=60, step_s=0.5)
+    executor = fake_executor(monkeypatch, {"1": {"run1": "slower", "run2": "hang"}}, deadlines=deadlines)
+    executor.run(DECODE, StepInputs(executor.cell, "decode"))
+    with pytest.raises(StepTimeoutError, match="run: no answer within 0.5 s from worker 1"):
+        executor.run(DECODE, StepInputs(executor.cell, "decode"))
+    executor.close()
+
+
 def test_a_worker_that_ignores_sigterm_is_killed(monkeypatch):
     deadlines = dataclasses.replace(PATIENT, first_step_s=0.5)
     executor = fake_executor(monkeypatch, {"1": {"run": "ignore_sigterm"}}, deadlines=deadlines)

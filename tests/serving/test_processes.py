@@ -79,7 +79,9 @@ def test_workers_stop_by_themselves_when_asked(monkeypatch, tmp_path):
 
 
 def test_the_token_is_in_no_argument_list_and_not_handed_on(monkeypatch):
-    executor = fake_executor(monkeypatch)
+    lines = []
+    executor = fake_executor(monkeypatch, progress=lines.append)
+    assert "worker 0 (attention): sees the token: False" in lines, "what a worker starts would see it too"
     token = executor._supervisor._start.token
     try:
         for pid in executor.worker_pids:
