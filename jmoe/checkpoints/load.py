@@ -89,6 +89,10 @@ class CheckpointReader:
         index = (mlp, slice(None)) if path.endswith("down_proj") else (slice(None), mlp)
         return self._stack(path, expert_ids, _resolve(path, pieces[0].shape, index))
 
+    def close(self) -> None:
+        """Unmaps the files, whose pages count as this process's memory; a later read maps them again."""
+        self.files.close()
+
     def _expert_pieces(self, path: str) -> tuple[Piece, ...]:
         if path not in self._experts:
             raise ValueError(f"expected a parameter of the expert half, got {path!r}")

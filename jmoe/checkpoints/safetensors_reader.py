@@ -9,12 +9,13 @@ import safetensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MAX_OPEN = 2  # shards mapped at once: pages that were read count as this process's memory until their file is closed
 
 
 class TensorFiles:
     """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
 
-    Files are memory-mapped at first use, so a read touches the pages of its own slice. Shard names must be bare file
+    Files are memory-mapped when needed, so a read touches the pages of its own slice. Shard names must be bare file
     names: an index file can't point outside its folder.
 
     Args:
@@ -52,7 +53,7 @@ class TensorFiles:
             raise ValueError(f"{self._file_of[name]}: reading {name}: {error}") from None
 
     def open_all(self) -> None:
-        """Opens every file, so that a missing or truncated one is found now."""
+        """Opens every file once, so that a missing or truncated one is found now."""
         for path in set(self._file_of.values()):
             self._open(path)
 
@@ -72,13 +73,17 @@ class TensorFiles:
             raise ValueError(f"{self._file_of[name]}: expected a tensor named {name}: {error}") from None
 
     def _open(self, path: pathlib.Path) -> Any:
-        if path not in self._files:
-            if not path.is_file():
-                raise FileNotFoundError(f"expected the shard {path} that {INDEX_FILE} names, got no such file")
-            try:
-                self._files[path] = safetensors.safe_open(path, "np").__enter__()
-            except safetensors.SafetensorError as error:
-                raise ValueError(f"{path}: expected a safetensors file: {error}") from None
+        if path in self._files:
+            self._files[path] = self._files.pop(path)  # now the latest used
+            return self._files[path]
+        if not path.is_file():
+            raise FileNotFoundError(f"expected the shard {path} that {INDEX_FILE} names, got no such file")
+        while len(self._files) >= MAX_OPEN:
+            self._files.pop(next(iter(self._files))).__exit__(None, None, None)
+        try:
+            self._files[path] = safetensors.safe_open(path, "np").__enter__()
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path}: expected a safetensors file: {error}") from None
         return self._files[path]
 
 

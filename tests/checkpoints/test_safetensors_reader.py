@@ -1,13 +1,14 @@
 """TensorFiles: lazy slices, and clear refusals of folders that are not what they say."""
 
 import json
+import pathlib
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jmoe.checkpoints.safetensors_reader import TensorFiles
+from jmoe.checkpoints.safetensors_reader import MAX_OPEN, TensorFiles
 
 A = np.arange(24, dtype=np.float32).reshape(4, 6)
 B = (np.arange(5) / 4).astype(ml_dtypes.bfloat16)
@@ -40,6 +41,19 @@ def test_shards_open_only_when_read(tmp_path):
         files.read("b", (slice(None),))
     with pytest.raises(FileNotFoundError, match="model-00002-of-00002"):
         files.open_all()
+
+
+def test_few_files_are_open_at_once(tmp_path):
+    weight_map = {f"t{n}": f"model-{n}.safetensors" for n in range(9)}
+    for n, (name, file) in enumerate(weight_map.items()):
+        save_file({name: A + n}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    files = TensorFiles(tmp_path)
+    for n in (0, 1, 0, 2, 3, 4, 5, 6, 7, 8, 0):
+        np.testing.assert_array_equal(files.read(f"t{n}", (slice(None), slice(None))), A + n)
+        mapped = pathlib.Path("/proc/self/maps")
+        if mapped.exists():
+            assert len({file for file in weight_map.values() if file in mapped.read_text()}) <= MAX_OPEN
 
 
 def test_reads_again_after_close(tmp_path):
