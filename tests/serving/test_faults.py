@@ -160,7 +160,7 @@ def test_later_calls_have_a_shorter_deadline_than_a_program_s_first(monkeypatch)
     deadlines = dataclasses.replace(PATIENT, first_step_s=60, step_s=0.5)
     executor = fake_executor(monkeypatch, {"1": {"run1": "slower", "run2": "hang"}}, deadlines=deadlines)
     executor.run(DECODE, StepInputs(executor.cell, "decode"))
-    with pytest.raises(StepTimeoutError, match="run: no answer within 0.5 s from worker 1"):
+    with pytest.raises(StepTimeoutError, match=r"run: no answer within 0.5 s from worker 1"):
         executor.run(DECODE, StepInputs(executor.cell, "decode"))
     executor.close()
 
