@@ -42,20 +42,26 @@ def test_pipeline_holds_a_batch_a_stage():
     one, two = Engine(task, A800, "tensor", 8), Engine(task, A800, "pipeline", 8, 2)
     rows = np.array([128])
     assert two.step(rows) == pytest.approx(one.step(rows))
+    # Both hosts' pages together hold the requests of both batches.
+    tokens = (two.max_rows() * 2 * 650.0, (two.max_rows() + 1) * 2 * 650.0)
+    held = tokens[0] * Memory(task.model).kv_token_bytes(8) / 16 + two.weight_bytes()
+    assert held <= A800.usable_bytes < tokens[1] * Memory(task.model).kv_token_bytes(8) / 16 + two.weight_bytes()
     table = baselines(task, BaselineOptions(modes=("pipeline",), hosts=(2,)))
     assert (table["batch"] == table["rows"] * 2).all() and (table["num_gpus"] == 16).all()
 
 
-def test_overlap_hides_the_exchange_behind_compute():
-    task = problem("qwen3-235b-a22b", {"a800": 64})
-    apart, overlapped = (Engine(task, A800, "wide", 1, 1, 64, 64, m) for m in (1, 2))
-    rows = np.array([64])
+@pytest.mark.parametrize(("kind", "requests", "hidden"), [("a800", 64, False), ("h200", 16, True)])
+def test_overlap_hides_the_exchange_behind_compute(kind, requests, hidden):
+    task, gpu = problem("qwen3-235b-a22b", {kind: 64}), KINDS[kind]
+    apart, overlapped = (Engine(task, gpu, "wide", 1, 1, 64, 64, m) for m in (1, 2))
+    rows = np.array([requests])
     attention, expert, exchange = apart.lanes(rows)
-    assert exchange > 0
+    compute = attention + expert
     layers = task.model.num_moe_layers
-    head = Roofline(task.model, A800, A800).head_s(rows, 1)
-    assert apart.step(rows) == pytest.approx(layers * (attention + expert + 2 * exchange) + head)
-    slower = max(2 * (attention + expert), 4 * exchange)[0]
+    head = Roofline(task.model, gpu, gpu).head_s(rows, 1)
+    assert apart.step(rows) == pytest.approx(layers * (compute + 2 * exchange) + head)
+    assert (2 * compute > 4 * exchange) == hidden and exchange > 0
+    slower = max(2 * compute, 4 * exchange)[0]
     assert overlapped.step(rows)[0] == pytest.approx(layers * slower + head[0], rel=0.01)
 
 

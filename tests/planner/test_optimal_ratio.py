@@ -47,6 +47,13 @@ def test_rules_against_the_simulation():
         assert found[round(rule) - 1] >= 0.99 * found.max()
 
 
+def test_slots_live_on():
+    """One worker that attention alone holds up: its step is its mean load, prompt and age, over many lives."""
+    times = BundleTimes(1.0, 0.0, 1e-9, 0.0)
+    found = simulate_bundle(times, 2, 100, 50, 1, 20_000)
+    assert found[0] == pytest.approx(2 / 2 / (2 * (100 + 49)), rel=0.05)
+
+
 def test_the_barrier_counts_where_contexts_vary():
     """Long, very different prompts: the fullest worker decides, and the mean-field rule asks for too many of them."""
     times = BundleTimes(1e-8, 10e-6, 2e-8, 200e-6, 10e-6)

@@ -41,6 +41,9 @@ def test_the_issues_example(plan, tmp_path):
     assert kept.num_pages * kept.page_len >= kept.rows * kept.mesh.num_micro_batches * 650
     table = read_parquet(tmp_path / "plan.parquet")
     assert {"disaggregated", "wide", "tensor"} <= set(table["mode"])
+    best = table.loc[table[table["mode"] == "disaggregated"]["tokens_s_per_price"].idxmax()]
+    assert kept.mesh.directions == best["schedule"] == "one"
+    assert kept.mesh.num_micro_batches == best["num_micro_batches"]
     assert table["tokens_s_per_price"].max() == pytest.approx(kept.predicted["tokens_s_per_price"])
 
 

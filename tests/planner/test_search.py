@@ -104,6 +104,16 @@ def test_any_ratio_is_tried_and_nothing_better_is_left_out():
             assert m * 3 * rows / step / (m + n) <= best * (1 + 1e-9)
 
 
+def test_replicated_experts_share_the_rows():
+    """N = 2 E: a node has one expert and half of its rows; N = E + 1 helps nobody."""
+    task = problem("mixtral-8x22b")
+    nodes = np.array([8, 9, 16])
+    cell = Deployment(task, KINDS["h20"], KINDS["l40s"], 1, 1, 3, "one", np.array([8]), nodes)
+    np.testing.assert_allclose(cell.node_share, [1 / 8, 1 / 8, 1 / 16])
+    _, expert, _ = cell.stages(np.array([2048]))
+    assert expert[2] == pytest.approx(expert[0] / 2, rel=0.05) and expert[1] == pytest.approx(expert[0])
+
+
 def test_dense_layers_and_mla_are_priced():
     """DeepSeek-V3: a step is longer than its 58 MoE layers by three dense layers a micro-batch."""
     task = problem("deepseek-v3", {"h200": 64}, Workload((4000,), (1,), slo_s=1.0))
@@ -151,6 +161,15 @@ def test_pareto_against_all_pairs(tmp_path):
     write_parquet(table, path)
     assert len(read_parquet(path)) == len(table)
     assert (read_parquet(path)["status"] == table["status"].astype(str)).all()
+
+
+def test_pareto_keeps_one_of_equals():
+    import pandas
+
+    table = pandas.DataFrame(
+        {"status": ["ok"] * 4 + ["slo"], "step_s": [1.0, 2.0, 2.0, 3.0, 0.5], "tokens_s_per_gpu": [5.0, 7, 7, 7, 9]}
+    )
+    assert pareto(table, "step_s", "gpu")["step_s"].tolist() == [1.0, 2.0]
 
 
 def test_why_was_it_rejected_and_what_is_second():
