@@ -33,7 +33,7 @@ def save_hf(
     Host memory in use at a time: one shard, plus the one parameter being converted.
 
     Args:
-      folder: made if need be; files of the same names are replaced.
+      folder: made if need be; files of the same names are replaced, and a `model.safetensors` is deleted.
       config: the model's facts; its dtype is what is written.
       attention, experts: every parameter by path (`Model.arrays_by_path()`), anything that numpy can convert.
       max_shard_bytes: a shard is closed before it would pass this (a larger tensor gets a shard alone).
@@ -50,14 +50,12 @@ def save_hf(
     shards = writer.plan(max_shard_bytes)
     weight_map = {}
     for number, names in enumerate(shards, 1):
-        file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file({name: writer.tensor(name) for name in names}, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": writer.total_bytes}, "weight_map": weight_map}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-    stale = INDEX_FILE if len(shards) == 1 else SINGLE_FILE
-    (folder / stale).unlink(missing_ok=True)  # a reader would prefer a stale index to the new file
+    index = {"metadata": {"total_size": writer.total_bytes}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / SINGLE_FILE).unlink(missing_ok=True)  # transformers would prefer an older one to the index
 
 
 class _Writer:
