@@ -25,10 +25,13 @@ def plain_forward(model: Model, tokens, cache=None):
 forward = jax.jit(plain_forward)
 
 
+def load(name: str):
+    return load_model(GOLDENS / name), load_file(GOLDENS / name / "golden.safetensors")
+
+
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
-    folder = GOLDENS / request.param
-    return load_model(folder), load_file(folder / "golden.safetensors")
+    return load(request.param)
 
 
 def whole_sequence(golden) -> np.ndarray:
@@ -53,8 +56,9 @@ def test_logits_and_64_greedy_tokens(case):
     np.testing.assert_array_equal(np.argmax(logits[0, len(golden["prompt"]) - 1 :], axis=-1), golden["tokens"])
 
 
-def test_prefill_then_cached_steps(case):
-    model, golden = case
+@pytest.mark.parametrize("name", ["mixtral_window", "qwen3_moe_sparse_step"])
+def test_prefill_then_cached_steps(name):
+    model, golden = load(name)
     sequence, prompt = whole_sequence(golden), len(golden["prompt"])
     logits, cache = forward(model, sequence[:, :prompt])
     parts = [logits]
@@ -78,8 +82,7 @@ def test_two_experts_swapped_is_noticed(case):
 
 def sabotaged_error(monkeypatch, module, name: str, change) -> float:
     """Error of the windowed Mixtral when a function that the forward calls is wrapped; a fresh jit sees the wrapper."""
-    folder = GOLDENS / "mixtral_window"
-    model, golden = load_model(folder), load_file(folder / "golden.safetensors")
+    model, golden = load("mixtral_window")
     honest = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *args, **options: change(honest(*args, **options)))
     logits, _ = jax.jit(lambda m, x: plain_forward(m, x))(model, whole_sequence(golden))
