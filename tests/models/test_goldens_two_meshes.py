@@ -1,4 +1,4 @@
-"""The goldens through both meshes: checkpoint files, role by role, to 64 greedy tokens equal to those of transformers."""
+"""The goldens through both meshes: checkpoint files, role by role, to 64 greedy tokens equal to transformers'."""
 
 import pathlib
 
