@@ -7,7 +7,11 @@ import importlib.resources
 import pathlib
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 MAX_CATALOGUE_BYTES = 1 << 20
 
@@ -18,6 +22,7 @@ class Kernels:
 
     product_fraction: float
     stream_fraction: float
+    knee_power: float
     stage_overhead_us: float
     scale_up_fraction: float
     scale_up_latency_us: float
@@ -29,6 +34,8 @@ class Kernels:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name == "knee_power" and not value >= 1:
+                raise ValueError(f"[kernels] knee_power: expected at least 1 (inf: plain roofline), got {value!r}")
             is_share = field.name.endswith(("_fraction", "_memory"))
             if not (0 < value <= 1 if is_share else value >= 0):
                 expected = "a share in (0, 1]" if is_share else "at least 0"
@@ -96,6 +103,17 @@ class GpuKind:
         """Bytes a second and direction of one GPU's share of its host's NICs."""
         return self.nics_per_host * self.nic_gbps / 8 * 1e9 / self.gpus_per_host * self.kernels.nic_fraction
 
+    def kernel_s(self, num_bytes: ArrayLike, operations: ArrayLike, weight_bytes: float) -> np.ndarray:
+        """Time of a kernel that reads num_bytes and computes operations on weights of weight_bytes an element."""
+        stream = np.asarray(num_bytes, np.float64) / self.stream_bytes_s
+        product = np.asarray(operations, np.float64) / self.product_flops_s(weight_bytes)
+        power = self.kernels.knee_power
+        if power == np.inf:
+            return np.maximum(stream, product)
+        if power == 2:
+            return np.hypot(stream, product)
+        return (stream**power + product**power) ** (1 / power)
+
     @property
     def stage_overhead_s(self) -> float:
         return self.kernels.stage_overhead_us * 1e-6
@@ -117,6 +135,11 @@ class Catalogue(Mapping[str, GpuKind]):
                 f"[gpus.{key}] with {', '.join(_required_fields())} into a TOML file and pass --hardware FILE"
             )
         return self._kinds[key]
+
+    def plain_roofline(self) -> "Catalogue":
+        """The same kinds without the knee: a kernel takes the longer of streaming and products."""
+        kinds = self._kinds.values()
+        return Catalogue({k.name: replace(k, kernels=replace(k.kernels, knee_power=float("inf"))) for k in kinds})
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and name.lower() in self._kinds

@@ -62,7 +62,7 @@ class StageTimes(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Stage times as max(bytes / bandwidth, operations / rate) per kernel plus a fixed overhead a stage.
+    """Stage times: bytes over bandwidth against operations over rate a kernel (`GpuKind.kernel_s`), plus an overhead.
 
     Args:
       model: sizes.
@@ -106,21 +106,14 @@ class Roofline:
         weights = active * model.expert_params * self.precision.weight_bytes / tensor
         activations = rows * (2 * model.hidden_size + 3 * model.expert_ffn_size / tensor) * 2
         operations = 2 * model.expert_params * rows / tensor
-        return np.maximum(
-            (weights + activations) / gpu.stream_bytes_s,
-            operations / gpu.product_flops_s(self.precision.weight_bytes),
-        )
+        return gpu.kernel_s(weights + activations, operations, self.precision.weight_bytes)
 
     def head_s(self, rows: ArrayLike, tensor: int) -> np.ndarray:
         """The logits product in bf16 whatever the layers' precision. See StageTimes."""
         rows, gpu = np.asarray(rows, np.float64), self.attention_gpu
         weights = self.model.head_params * 2 / tensor
         logits = rows * self.model.vocab_size * 4 / tensor
-        products = np.maximum(
-            (weights + logits) / gpu.stream_bytes_s,
-            2 * self.model.head_params * rows / tensor / gpu.product_flops_s(2),
-        )
-        return products + gpu.stage_overhead_s
+        return gpu.kernel_s(weights + logits, 2 * self.model.head_params * rows / tensor, 2) + gpu.stage_overhead_s
 
     def exchange_s(
         self, exchange: "ExchangeModel", rows: ArrayLike, num_replicas: ArrayLike, num_nodes: ArrayLike,
@@ -134,7 +127,7 @@ class Roofline:
     def _product(self, gpu: GpuKind, params: float, rows: np.ndarray, tensor: int) -> np.ndarray:
         weights = params * self.precision.weight_bytes / tensor
         operations = 2 * params * rows / tensor
-        return np.maximum(weights / gpu.stream_bytes_s, operations / gpu.product_flops_s(self.precision.weight_bytes))
+        return gpu.kernel_s(weights, operations, self.precision.weight_bytes)
 
     def _scores(self, rows: np.ndarray, context: ArrayLike, tensor: int) -> np.ndarray:
         """Attention over the cache; a cache that outnumbers its heads is read by every rank that holds a copy."""
@@ -142,7 +135,7 @@ class Roofline:
         tokens = rows * np.asarray(context, np.float64)
         cache = tokens * model.kv_elements * self.precision.kv_bytes * model.kv_copies(tensor) / tensor
         operations = tokens * model.score_flops / tensor
-        return np.maximum(cache / gpu.stream_bytes_s, operations / gpu.product_flops_s(2))
+        return gpu.kernel_s(cache, operations, 2)
 
     def _fixed(self, rows: np.ndarray, tensor: int) -> np.ndarray:
         gpu = self.attention_gpu

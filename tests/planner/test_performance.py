@@ -18,7 +18,7 @@ from jmoe.planner.performance import (
     linear_constants,
 )
 
-KINDS = load_catalogue()
+KINDS = load_catalogue().plain_roofline()  # by hand; the knee has tests of its own
 MIXTRAL = load_model_shape("mixtral-8x22b")
 DEEPSEEK = load_model_shape("deepseek-v3")
 
@@ -32,6 +32,19 @@ def test_experts_by_hand():
     assert times.expert_products_s(8, 1, 1) == pytest.approx((weights + small) / gpu.stream_bytes_s)
     assert times.expert_products_s(4096, 1, 1) == pytest.approx(weights * 4096 / gpu.product_flops_s(2))
     assert times.expert_products_s(4096, 1, 2) == pytest.approx(weights * 4096 / gpu.product_flops_s(2) / 2)
+
+
+def test_the_knee():
+    """Both parts equally long: sqrt(2) of either; one part alone: itself."""
+    gpu = load_catalogue()["h100"]
+    seconds = 1e-3
+    num_bytes, operations = seconds * gpu.stream_bytes_s, seconds * gpu.product_flops_s(2)
+    assert gpu.kernel_s(num_bytes, operations, 2) == pytest.approx(2**0.5 * seconds)
+    assert gpu.kernel_s(num_bytes, 0, 2) == pytest.approx(seconds)
+    assert gpu.kernel_s(0, operations, 2) == pytest.approx(seconds)
+    softer = dataclasses.replace(gpu, kernels=dataclasses.replace(gpu.kernels, knee_power=3.0))
+    assert softer.kernel_s(num_bytes, operations, 2) == pytest.approx(2 ** (1 / 3) * seconds)
+    assert KINDS["h100"].kernel_s(num_bytes, operations, 2) == pytest.approx(seconds)
 
 
 def test_only_experts_with_rows_are_read():
