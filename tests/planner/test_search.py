@@ -11,8 +11,10 @@ from jmoe.planner.hardware import load_catalogue
 from jmoe.planner.model_shape import load_model_shape
 from jmoe.planner.performance import ExchangeModel, Memory, Roofline, distinct_nodes
 from jmoe.planner.search import SearchOptions, search
+from jmoe.planner.simulator import ConstantTimes, simulate
 from jmoe.planner.table import OBJECTIVES, explain, find, pareto, rank, read_parquet, write_parquet
 from jmoe.planner.workload import Workload, busiest_replica
+from jmoe.schedule import build_schedule
 
 KINDS = load_catalogue()
 WORK = Workload((2000, 500), (100, 400), slo_s=0.12)
@@ -126,6 +128,18 @@ def test_dense_layers_and_mla_are_priced():
     head = times.head_s(rows, 1)
     heads = head + 2 * np.maximum(head - max(a, e, c), 0)
     assert rest == pytest.approx(9 * times.dense_s(rows, 4000.0, 1) + heads, rel=1e-9)
+
+
+@pytest.mark.parametrize(("m", "kind"), [(1, "one"), (2, "one"), (3, "one"), (3, "both"), (4, "both"), (6, "both")])
+def test_the_simulator_agrees_with_the_best_plan_of_every_schedule(m, kind):
+    """The step that the search prices, head included, is what walking the schedule takes."""
+    task = problem("mixtral-8x22b", {"h20": 16, "l40s": 32})
+    best = rank(search(task, SearchOptions(schedules=((m, kind),))), "gpu").iloc[0]
+    times = Roofline(task.model, KINDS[best["attention_gpu"]], KINDS[best["expert_gpu"]])
+    head = float(times.head_s(best["rows"], int(best["attention_tensor"])))
+    constant = ConstantTimes(best["attention_s"], best["expert_s"], best["exchange_s"], head)
+    walked = simulate(build_schedule(task.model.num_moe_layers, m, kind), constant).total_s
+    assert best["step_s"] == pytest.approx(walked, rel=0.005)
 
 
 def test_imbalance_makes_experts_and_exchange_slower():
