@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,15 +116,23 @@ class CellRuntime:
                 result[name] = np.stack(self._of_replicas(array), axis=1)
         return result
 
-    def map_devices(self, function: Callable[..., Any], inputs: np.ndarray, kind: Literal["prefill", "decode"]):
-        """A call of `function(attention, experts, state, inputs)` on every device, compiled; for measurements.
+    def measure(self, function: Callable[..., Any], inputs: np.ndarray) -> Callable[[], Any]:
+        """Compiles `function(attention, experts, state, decode inputs) -> (state, result)` over every device.
 
         Returns:
-          A function of no arguments that runs it once and returns its result over the joint mesh.
+          A function of no arguments that runs it once, keeps the state (donated, as in a decode call, else every call
+          would copy the KV cache) and returns the result over the joint mesh.
         """
-        arguments = self._arguments((kind, False), inputs)
-        compiled = jax.jit(on_each_device(function, self.mesh)).lower(*arguments).compile()
-        return lambda: compiled(*arguments)
+        key: Key = ("decode", False)
+        mapped = jax.jit(on_each_device(function, self.mesh), donate_argnums=(2,))
+        compiled = mapped.lower(*self._arguments(key, inputs)).compile()
+
+        def call():
+            state, result = compiled(*self._arguments(key, inputs))
+            self._state = DeviceState(state.sequence, state.pages, self._state.counts if self._state else None)
+            return result
+
+        return call
 
     def set_sequence(self, device_index: int, value: int) -> None:
         """Puts one device of this process out of step; a drill for what `SequenceMismatchError` is for."""

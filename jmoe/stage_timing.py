@@ -66,13 +66,15 @@ def time_stages(runtime: CellRuntime, context: int, repeats: int = 5) -> StageTi
 
     def attention(count: int, params, experts, state: DeviceState, inputs):
         role, rows = _attention_role(runtime, params, exchange), Rows.unpack(inputs[0], layout)
-        lane, box = role.empty_lane(), None
+        lane, box, all_pages = role.empty_lane(), None, list(state.pages or [])
         for j in range(count):
             stage = Stage(j, 0)
-            assert state.pages is not None
-            pages = [state.pages[layer] for layer in role.layers_of(stage)]
-            lane, _, box = jax.lax.optimization_barrier(role.stage(stage, lane, pages, rows, box))
-        return lane.x, box
+            layers = role.layers_of(stage)
+            lane, pages, box = role.stage(stage, lane, [all_pages[layer] for layer in layers], rows, box)
+            lane, box = jax.lax.optimization_barrier((lane, box))
+            for layer, kv in zip(layers, pages, strict=True):
+                all_pages[layer] = kv
+        return dataclasses.replace(state, pages=all_pages), (lane.x, box)
 
     def experts_only(count: int, params, experts, state: DeviceState, inputs):
         role = ExpertRole(cell, ExpertHalf(cell.model, take_from(experts)), exchange)
@@ -80,7 +82,7 @@ def time_stages(runtime: CellRuntime, context: int, repeats: int = 5) -> StageTi
         for j in range(count):
             out = jax.lax.optimization_barrier(role.stage(Stage(j, 0), box))
             box = dataclasses.replace(box, hidden=out.hidden)
-        return box
+        return state, box
 
     def exchanges(combine: bool, count: int, params, experts, state: DeviceState, inputs):
         box, chain = _received(exchange, runtime, inputs), Chain.start(state.sequence)
@@ -88,7 +90,7 @@ def time_stages(runtime: CellRuntime, context: int, repeats: int = 5) -> StageTi
             got, chain = exchange(box, chain, dispatch=True, combine=combine)
             hidden, sequence = jax.lax.optimization_barrier((got.hidden, chain.sequence))
             box, chain = dataclasses.replace(box, hidden=hidden), dataclasses.replace(chain, sequence=sequence)
-        return box.hidden, chain.sequence
+        return state, (box.hidden, chain.sequence)
 
     def head(count: int, params, experts, state: DeviceState, inputs):
         role, rows = _attention_role(runtime, params, exchange), Rows.unpack(inputs[0], layout)
@@ -96,13 +98,12 @@ def time_stages(runtime: CellRuntime, context: int, repeats: int = 5) -> StageTi
         for _ in range(count):
             logits = role.half.logits(x, role.tensor)
             x = jax.lax.optimization_barrier(x + jnp.argmax(logits, axis=-1, keepdims=True).astype(x.dtype) * 0)
-        return x
+        return state, x
 
     def slope(function: Callable, count: int) -> float:
         """Seconds of one more repetition."""
         few, many = (
-            _median_s(runtime.map_devices(functools.partial(function, n), batch, "decode"), repeats)
-            for n in (1, count)
+            _median_s(runtime.measure(functools.partial(function, n), batch), repeats) for n in (1, count)
         )
         return max(many - few, 0.0) / (count - 1)
 

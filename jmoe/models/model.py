@@ -1,5 +1,6 @@
 """Model: the two halves side by side, and the plain forward composed of them, which is the reference."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -87,12 +88,13 @@ def _by_path(module: nnx.Module) -> dict[str, jax.Array]:
     return {".".join(str(part) for part in path): param[...] for path, param in flat}
 
 
-class KVCache(nnx.Pytree):
-    """Keys and values of every layer so far, dense: the reference's cache, `[layers][batch, length, G, H]`."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every layer so far, dense: the reference's cache, a `[batch, length, G, H]` a layer."""
 
-    def __init__(self, keys: list[jax.Array], values: list[jax.Array]):
-        self.keys = nnx.List(keys)
-        self.values = nnx.List(values)
+    keys: list[jax.Array]
+    values: list[jax.Array]
 
     @property
     def length(self) -> int:
