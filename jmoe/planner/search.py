@@ -128,11 +128,8 @@ def _record(
     pace = cell.problem.model.num_moe_layers * cell.num_micro_batches / np.where(np.isfinite(step), step, np.inf)
     busy = {name: np.where(np.isfinite(t), t, 0.0) * pace for name, t in (("a", attention), ("e", expert))}
     at_memory = np.where(most >= max_rows, "rows cap", "KV memory")
-    need = np.select(
-        [status == "expert memory", status == "attention memory", status == "slo"],
-        [expert_need / 1e9, np.full_like(expert_need, memory.attention_weight_bytes / cell.attention_tensor / 1e9),
-         step * 1e3], np.nan,
-    )  # fmt: skip
+    attention_need = np.full_like(expert_need, memory.attention_weight_bytes / cell.attention_tensor)
+    reasons = {"expert memory": expert_need / 1e9, "attention memory": attention_need / 1e9, "slo": step * 1e3}
     return {
         "mode": "disaggregated",
         "attention_gpu": cell.attention_gpu.name,
@@ -155,5 +152,5 @@ def _record(
         "expert_busy": busy["e"],
         "limit": np.where(rows >= most, at_memory, "SLO"),
         "status": status,
-        "need": need,
+        "need": np.select([status == name for name in reasons], list(reasons.values()), np.nan),
     }
