@@ -4,12 +4,14 @@
     python benchmarks/decode_step.py --model tiny --platform cpu --context 64 --tokens 4
 
 Each executor runs in a process of its own. Times are medians; the tick is a call's time over steps x layers x
-micro-batches, the call as long as num_steps steps and their heads. Floors: bytes that a stage must read over the read
+micro-batches, its heads taken off. "plan us" is what the planner's closed form says of the schedule that is built, from
+the same stage times. "eff %" is max(T_a, T_e) over the tick. Floors: bytes that a stage must read over the read
 bandwidth measured in the same run.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import subprocess
@@ -20,6 +22,7 @@ import numpy as np
 
 from jmoe.cell_config import CellConfig
 from jmoe.config import ModelConfig
+from jmoe.planner.formulas import total_time
 from jmoe.sharding.mesh_config import MeshConfig
 
 MODELS = {
@@ -33,8 +36,9 @@ MODELS = {
 }  # fmt: skip
 
 
-def cell_of(args: argparse.Namespace, tokens: int, num_micro_batches: int) -> CellConfig:
-    model = dataclasses.replace(MODELS[args.model], num_layers=args.layers or MODELS[args.model].num_layers)
+def cell_of(args: argparse.Namespace, executor: str, tokens: int, num_micro_batches: int) -> CellConfig:
+    layers = (args.inline_layers if executor == "inline" else 0) or args.layers
+    model = dataclasses.replace(MODELS[args.model], num_layers=layers or MODELS[args.model].num_layers)
     mesh = MeshConfig(
         args.attention, args.expert, num_micro_batches,
         attention_tensor=args.attention_tensor, expert_tensor=args.expert_tensor,
@@ -49,7 +53,7 @@ def cell_of(args: argparse.Namespace, tokens: int, num_micro_batches: int) -> Ce
 
 def child(args: argparse.Namespace) -> None:
     """Measures one executor on one cell and prints a JSON line."""
-    cell = cell_of(args, args.tokens[0], args.micro_batches[0])
+    cell = cell_of(args, args.child, args.tokens[0], args.micro_batches[0])
     result = {}
     started = time.perf_counter()
     if args.child == "processes":
@@ -143,35 +147,29 @@ def wire(cell: CellConfig) -> tuple[int, float]:
     return sent, sent / (rows * form.row_bytes * meetings / cell.mesh.expert)
 
 
-def report(args: argparse.Namespace, cell: CellConfig, inline: dict, processes: dict | None) -> list[str]:
-    """The table's rows of one cell."""
-    layers, m = len(cell.model.moe_layers), cell.mesh.num_micro_batches
-    busy = max(inline["attention_s"], inline["expert_s"])
+def report(args: argparse.Namespace, executor: str, cell: CellConfig, stages: dict, result: dict) -> str:
+    """One row of the table; `stages` has the stage times, `result` the executor's own."""
+    layers, m, directions = len(cell.model.moe_layers), cell.mesh.num_micro_batches, cell.mesh.directions
+    attention_s, expert_s = stages["attention_s"], stages["expert_s"]
+    exchange_s = stages["exchange_both_s"] if directions == "both" else stages["exchange_s"]
     sent, ratio = wire(cell)
-    bandwidth = inline["read_bytes_per_s"]
-    floor_a, floor_e = (n / bandwidth for n in floors(cell, args.context))
-    shared = (
-        f"{cell.rows:>6} {m:>2} {cell.mesh.directions:>5} {inline['attention_s'] * 1e6:>8.0f} "
-        f"{100 * floor_a / inline['attention_s']:>5.0f} {inline['expert_s'] * 1e6:>8.0f} "
-        f"{100 * floor_e / inline['expert_s']:>5.0f} {inline['exchange_s'] * 1e6:>7.1f} "
-        f"{inline['exchange_both_s'] * 1e6:>7.1f} {sent / 1e6:>7.2f} {ratio:>6.2f}"
+    floor_a, floor_e = (n / stages["read_bytes_per_s"] for n in floors(cell, args.context))
+    tick = (result["step_s"] - m * stages["head_s"]) / (layers * m)
+    planned = float(total_time(directions, layers, m, attention_s, expert_s, exchange_s)) / (layers * m)
+    return (
+        f"{executor:>9} {layers:>3} {cell.rows:>6} {m:>2} {directions:>4} {attention_s * 1e6:>7.0f} "
+        f"{100 * floor_a / max(attention_s, 1e-9):>4.0f} {expert_s * 1e6:>7.0f} {100 * floor_e / max(expert_s, 1e-9):>4.0f} "
+        f"{exchange_s * 1e6:>6.1f} {sent / 1e6:>6.2f} {ratio:>5.2f} {tick * 1e6:>8.0f} "
+        f"{100 * max(attention_s, expert_s) / tick:>5.0f} {planned * 1e6:>8.0f} {100 * (planned / tick - 1):>+6.1f} "
+        f"{result['step_s'] * 1e3:>8.2f} {cell.mesh.attention * m * cell.rows / result['step_s']:>9,.0f} "
+        f"{result['compile_s']:>6.0f}"
     )
-    lines = []
-    for name, result in (("inline", inline), ("processes", processes)):
-        if result is None:
-            continue
-        tick = (result["step_s"] - m * inline["head_s"]) / (layers * m)
-        tokens = cell.mesh.attention * m * cell.rows / result["step_s"]
-        lines.append(
-            f"{name:>9} {shared} {tick * 1e6:>8.0f} {100 * busy / tick:>6.0f} {result['step_s'] * 1e3:>8.2f} "
-            f"{tokens:>9,.0f} {result['compile_s']:>6.0f}"
-        )
-    return lines
 
 
 HEADER = (
-    f"{'executor':>9} {'tokens':>6} {'m':>2} {'dirs':>5} {'T_a us':>8} {'%flr':>5} {'T_e us':>8} {'%flr':>5} {'T_c us':>7} "
-    f"{'both us':>7} {'MB sent':>7} {'/need':>6} {'tick us':>8} {'eff %':>6} {'step ms':>8} {'tokens/s':>9} {'comp s':>6}"
+    f"{'executor':>9} {'L':>3} {'tokens':>6} {'m':>2} {'dirs':>4} {'T_a us':>7} {'%flr':>4} {'T_e us':>7} {'%flr':>4} "
+    f"{'T_c us':>6} {'MB out':>6} {'/need':>5} {'tick us':>8} {'eff %':>5} {'plan us':>8} {'off %':>6} {'step ms':>8} "
+    f"{'tokens/s':>9} {'comp s':>6}"
 )
 
 
@@ -179,6 +177,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="mixtral-8x7b")
     parser.add_argument("--layers", type=int, default=0, help="decoder layers; 0 = all of the model")
+    parser.add_argument("--inline-layers", type=int, default=0, help="fewer layers for inline and the stages (memory)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 256], help="tokens of one micro-batch")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[3, 4])
     parser.add_argument("--context", type=int, default=1024)
@@ -186,7 +185,7 @@ def main() -> int:
     parser.add_argument("--expert", type=int, default=1)
     parser.add_argument("--attention-tensor", type=int, default=1)
     parser.add_argument("--expert-tensor", type=int, default=1)
-    parser.add_argument("--executors", nargs="+", default=["inline", "processes"], choices=["inline", "processes"])
+    parser.add_argument("--executors", nargs="*", help="beside inline, which also times the stages", default=["processes"], choices=["processes"])
     parser.add_argument("--num-steps", type=int, default=4)
     parser.add_argument("--calls", type=int, default=6)
     parser.add_argument("--platform", choices=["gpu", "cpu"], default="gpu")
@@ -197,36 +196,39 @@ def main() -> int:
     if args.child:
         child(args)
         return 0
+    return measure(args)
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Every cell in turn; the table so far after each."""
     table, record, failed = [HEADER], [], False
-    for tokens in args.tokens:
-        for m in args.micro_batches:
-            cell, results = cell_of(args, tokens, m), {}
-            for executor in ("inline", *(e for e in args.executors if e != "inline")):
-                results[executor] = _run_child(args, executor, tokens, m)
-            record.append({"tokens": tokens, "micro_batches": m, **results})
-            if results["inline"] is None:
-                failed = True
-                continue
-            failed |= any(r is None for r in results.values())
-            table += report(args, cell, results["inline"], results.get("processes"))
-            facts = results["inline"]
-            print("\n".join(table), flush=True)
-            print(
-                f"{facts['device']} x{cell.mesh.num_devices}, jax {facts['jax']}, {args.model}, "
-                f"{cell.model.num_layers} layers, context {args.context}, {cell.model.dtype}; "
-                f"reads at {facts['read_bytes_per_s'] / 1e12:.2f} TB/s\n",
-                flush=True,
-            )
-            if args.json:
-                with open(args.json, "w") as file:
-                    json.dump({"argv": sys.argv[1:], "cells": record}, file, indent=1)
+    for tokens, m in itertools.product(args.tokens, args.micro_batches):
+        results = {e: _run_child(args, e, tokens, m) for e in ("inline", *args.executors)}
+        record.append({"tokens": tokens, "micro_batches": m, **results})
+        stages = results["inline"]
+        failed |= any(r is None for r in results.values())
+        if stages is None:
+            continue
+        for executor, result in results.items():
+            if result is not None:
+                table.append(report(args, executor, cell_of(args, executor, tokens, m), stages, result))
+        print("\n".join(table))
+        print(
+            f"{stages['device']}, jax {stages['jax']}, {args.model}, context {args.context}, "
+            f"reads at {stages['read_bytes_per_s'] / 1e12:.2f} TB/s\n",
+            flush=True,
+        )
+        if args.json:
+            with open(args.json, "w") as file:
+                json.dump({"argv": sys.argv[1:], "cells": record}, file, indent=1)
     print("decode_step: FAILED, see above" if failed else "decode_step: done")
     return int(failed)
 
 
 def _run_child(args: argparse.Namespace, executor: str, tokens: int, m: int) -> dict | None:
     """One executor in its own process, bounded; its log passes through."""
-    argv = [sys.executable, __file__, *sys.argv[1:], "--child", executor, "--tokens", str(tokens), "--micro-batches", str(m)]
+    cell = ["--child", executor, "--tokens", str(tokens), "--micro-batches", str(m)]
+    argv = [sys.executable, __file__, *sys.argv[1:], *cell]
     _log(f"{executor}: {tokens} tokens, m = {m}")
     try:
         done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, timeout=args.timeout_s, check=False)

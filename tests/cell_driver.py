@@ -45,7 +45,7 @@ def generate(run, cell: CellConfig, prompts, max_tokens: int, params=None, sampl
             inputs[name][at] = value
         return at
 
-    waiting = {n: 0 for n in range(len(prompts))}
+    waiting = dict.fromkeys(range(len(prompts)), 0)
     while waiting:
         inputs, taken = StepInputs(cell, "prefill"), {}
         for n, done in list(waiting.items()):

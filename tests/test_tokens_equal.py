@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cell_driver import generate, pages_of
+from small_models import AWKWARD, EVEN, random_model, random_prompts, reference_tokens, source_of
 
 import jmoe.role_programs as role_programs
-from cell_driver import generate, pages_of
 from jmoe.cell_config import CellConfig
 from jmoe.cell_runtime import CellRuntime
 from jmoe.errors import SequenceMismatchError
 from jmoe.sharding.mesh_config import MeshConfig
 from jmoe.sharding.placement import ExpertPlacement
-from small_models import AWKWARD, EVEN, random_model, random_prompts, reference_tokens, source_of
 
 MAX_TOKENS = 18
 

@@ -1,0 +1,99 @@
+"""The compiled K-step call: nothing read or written by the host inside it, and no weight copied."""
+
+import math
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compiled_plan import faults
+from jax.sharding import Mesh
+
+from jmoe.cell_config import CellConfig
+from jmoe.config import ModelConfig
+from jmoe.lowering import AbstractCell, lower_program
+from jmoe.sharding.mesh_config import AXIS, MeshConfig
+
+TARGET = pathlib.Path(__file__).parent / "data" / "h200_target_config.txtpb"
+# Mixtral-8x7B's layers; 37 pages more than needed, so that no gathered array has the size of a page pool.
+MODEL = ModelConfig("mixtral", 32000, 4096, 2, 32, 8, 128, 8, 2, 14336)
+ROLES = ["attention", "expert", "inline"]
+BY_NAME = {"bfloat16": "bf16", "float32": "f32", "int32": "s32", "bool": "pred"}
+
+
+def cell_of(num_micro_batches: int) -> CellConfig:
+    rows, max_len = 128, 1056
+    mesh = MeshConfig(1, 1, num_micro_batches).resolve(MODEL.num_experts)
+    num_pages = 38 + rows * num_micro_batches * (max_len // 16)
+    return CellConfig(MODEL, mesh, rows=rows, chunk_len=128, num_steps=4, num_pages=num_pages, max_len=max_len)
+
+
+def forbidden_sizes(cell: CellConfig, mesh: Mesh) -> set[tuple[str, int]]:
+    """Of every weight matrix and page pool on one device."""
+    abstract = AbstractCell(cell, mesh, "inline")
+    attention, experts = abstract.params()
+    shapes = [*attention.values(), *experts.values()]
+    sizes = {(BY_NAME[str(a.dtype)], math.prod(a.shape[1:])) for a in shapes if math.prod(a.shape) > 1 << 20}
+    return sizes | {("bf16", math.prod(abstract.page_shape()))}
+
+
+@pytest.fixture(scope="module")
+def imaginary_mesh():
+    """Two GPUs that are not there."""
+    pytest.importorskip("jax_cuda13_plugin", reason="ahead-of-time compilation needs the `aot` extra")
+    if jax.__version_info__ < (0, 11):
+        pytest.skip(f"ahead-of-time GPU compilation needs jax 0.11 or newer, got {jax.__version__}")
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(
+        topology_name="h200", platform="cuda", target_config=TARGET.read_text(), topology="1x1x2"
+    )
+    return Mesh(np.array(topology.devices), (AXIS,))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("num_micro_batches", [3, 4])
+def test_plan_ahead_of_time(imaginary_mesh, role, num_micro_batches):
+    cell = cell_of(num_micro_batches)
+    text = lower_program(cell, imaginary_mesh, role, ("decode", False)).compile().as_text()
+    assert "collective-permute" in text
+    assert not faults(text, forbidden_sizes(cell, imaginary_mesh), conditionals=role == "inline")
+
+
+@pytest.mark.aot
+def test_a_copied_weight_is_found(imaginary_mesh):
+    """Sabotage: a scan over stacked weights copies each layer's slice."""
+    device = jax.sharding.SingleDeviceSharding(imaginary_mesh.devices.flat[0])
+    stacked = jax.ShapeDtypeStruct((4, 4096, 4096), jnp.bfloat16, sharding=device)
+    x = jax.ShapeDtypeStruct((128, 4096), jnp.bfloat16, sharding=device)
+
+    def run(x, stacked):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stacked)[0]
+
+    text = jax.jit(run).lower(x, stacked).compile().as_text()
+    assert any("moves a weight" in fault for fault in faults(text, {("bf16", 4096 * 4096)}))
+
+
+@pytest.mark.aot
+def test_a_loop_without_a_known_count_is_found(imaginary_mesh):
+    """Sabotage: a loop that ends when a value says so reads it on the host."""
+    device = jax.sharding.SingleDeviceSharding(imaginary_mesh.devices.flat[0])
+    x = jax.ShapeDtypeStruct((128,), jnp.float32, sharding=device)
+    text = jax.jit(lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x * 2, x)).lower(x).compile().as_text()
+    assert any("loop predicate" in fault for fault in faults(text, set()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("role", ["inline"])
+def test_plan_on_gpu(role):
+    """The same on the plan that the GPU at hand really gets, autotuned."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if len(jax.devices("cuda")) < 2:
+        pytest.skip("needs two GPUs")
+    cell = cell_of(4)
+    mesh = Mesh(np.array(jax.devices("cuda")[:2]), (AXIS,))
+    text = lower_program(cell, mesh, role, ("decode", False)).compile().as_text()
+    assert not faults(text, forbidden_sizes(cell, mesh), conditionals=role == "inline")
