@@ -9,9 +9,9 @@ from jmoe.sharding.placement import ExpertPlacement
 
 
 @st.composite
-def placements(draw):
-    """Any placement of up to 8 experts over up to 5 nodes, every expert on at least one, in any order."""
-    num_experts, num_nodes = draw(st.integers(1, 8)), draw(st.integers(1, 5))
+def placements(draw, max_nodes=5):
+    """Any placement of up to 8 experts over up to max_nodes, every expert on at least one, in any order."""
+    num_experts, num_nodes = draw(st.integers(1, 8)), draw(st.integers(1, max_nodes))
     nodes = [set() for _ in range(num_nodes)]
     for expert in range(num_experts):
         for node in draw(st.sets(st.integers(0, num_nodes - 1), min_size=1)):
