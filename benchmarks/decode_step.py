@@ -99,7 +99,7 @@ def _time_calls(executor, key, args: argparse.Namespace) -> float:
 
 
 def _device_facts() -> dict:
-    """Device name, versions, and the read bandwidth: the sum of 4 GiB of bf16 (64 MiB on CPU), slope over repetitions."""
+    """Device name, versions, and the read bandwidth: the sum of 4 GiB of bf16 (64 MiB on CPU), slope over repeats."""
     import jax
     import jax.numpy as jnp
 
@@ -136,9 +136,8 @@ def wire(cell: CellConfig) -> tuple[int, float]:
     from jmoe.sharding.rounds import build_rounds
 
     rounds, c = build_rounds(cell.mesh), cell.model
-    form = MessageFormat(
-        cell.rows, c.hidden_size // rounds.num_slices, c.num_experts_per_tok, np.dtype("uint16" if c.dtype == "bfloat16" else "f4")
-    )  # fmt: skip  # noqa: E501
+    dtype = np.dtype("uint16" if c.dtype == "bfloat16" else "f4")
+    form = MessageFormat(cell.rows, c.hidden_size // rounds.num_slices, c.num_experts_per_tok, dtype)
     meetings = int((rounds.peer[0] >= 0).sum())
     sent = 4 * form.dispatch_words * meetings
     rng = np.random.default_rng(0)
@@ -158,7 +157,8 @@ def report(args: argparse.Namespace, executor: str, cell: CellConfig, stages: di
     planned = float(total_time(directions, layers, m, attention_s, expert_s, exchange_s)) / (layers * m)
     return (
         f"{executor:>9} {layers:>3} {cell.rows:>6} {m:>2} {directions:>4} {attention_s * 1e6:>7.0f} "
-        f"{100 * floor_a / max(attention_s, 1e-9):>4.0f} {expert_s * 1e6:>7.0f} {100 * floor_e / max(expert_s, 1e-9):>4.0f} "
+        f"{100 * floor_a / max(attention_s, 1e-9):>4.0f} "
+        f"{expert_s * 1e6:>7.0f} {100 * floor_e / max(expert_s, 1e-9):>4.0f} "
         f"{exchange_s * 1e6:>6.1f} {sent / 1e6:>6.2f} {ratio:>5.2f} {tick * 1e6:>8.0f} "
         f"{100 * max(attention_s, expert_s) / tick:>5.0f} {planned * 1e6:>8.0f} {100 * (planned / tick - 1):>+6.1f} "
         f"{result['step_s'] * 1e3:>8.2f} {cell.mesh.attention * m * cell.rows / result['step_s']:>9,.0f} "
@@ -185,7 +185,10 @@ def main() -> int:
     parser.add_argument("--expert", type=int, default=1)
     parser.add_argument("--attention-tensor", type=int, default=1)
     parser.add_argument("--expert-tensor", type=int, default=1)
-    parser.add_argument("--executors", nargs="*", help="beside inline, which also times the stages", default=["processes"], choices=["processes"])
+    parser.add_argument(
+        "--executors", nargs="*", default=["processes"], choices=["processes"],
+        help="beside inline, which also times the stages",
+    )  # fmt: skip
     parser.add_argument("--num-steps", type=int, default=4)
     parser.add_argument("--calls", type=int, default=6)
     parser.add_argument("--platform", choices=["gpu", "cpu"], default="gpu")

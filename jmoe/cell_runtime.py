@@ -36,7 +36,7 @@ class CellRuntime:
 
     def __init__(self, cell: CellConfig, devices: Sequence[jax.Device], role: Role):
         self.cell = cell
-        self.role = role
+        self.role: Role = role
         self.mesh = joint_mesh(cell.mesh, devices)
         self._local = local_devices(self.mesh)
         self._replicas = [  # (replica, device) of the first tensor ranks here: they answer for their replica
@@ -65,7 +65,7 @@ class CellRuntime:
         if isinstance(source, str) and source.startswith(RANDOM_WEIGHTS):
             source = RandomWeights(self.cell.model, int(source.removeprefix(RANDOM_WEIGHTS)))
         elif isinstance(source, (str, os.PathLike)):
-            source = CheckpointReader(source, self.cell.model)
+            source = CheckpointReader(os.fspath(source), self.cell.model)
         if self.role != "expert":
             self._attention = self._params.place("attention", source, progress)
         if self.role != "attention":
@@ -80,7 +80,8 @@ class CellRuntime:
 
         Needs no weights: it may run beside `load`.
         """
-        wanted = [key for key in dict.fromkeys((k[0], k[1]) for k in keys) if key not in self._programs]
+        unique: dict[Key, None] = dict.fromkeys((k[0], k[1]) for k in keys)
+        wanted = [key for key in unique if key not in self._programs]
         lowered = [lower_program(self.cell, self.mesh, self.role, key) for key in wanted]
         with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
             self._programs |= dict(zip(wanted, pool.map(jax.stages.Lowered.compile, lowered), strict=True))
@@ -102,8 +103,9 @@ class CellRuntime:
         """
         key = (key[0], key[1])
         self.compile(key)
-        state, emitted, fault, dropped = self._programs[key](*self._arguments(key, inputs))
-        counts = state.counts if state.counts is not None else self._state.counts
+        arguments = self._arguments(key, inputs)
+        state, emitted, fault, dropped = self._programs[key](*arguments)
+        counts = state.counts if state.counts is not None or self._state is None else self._state.counts
         self._state = DeviceState(state.sequence, state.pages, counts)
         self._check(fault)
         result: dict[str, Any] = {"dropped_rows": 0}

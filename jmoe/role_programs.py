@@ -6,7 +6,7 @@ The roles do not know which.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,8 @@ class AttentionRole:
         else:
             x = lane.x + self._combine(inbox, lane.routes).astype(lane.x.dtype)
         routes, box, new_pages = lane.routes, self.exchange.empty_box(), []
+        placement = self.exchange.mesh.placement
+        assert placement is not None
         for layer, kv in zip(self.layers_of(stage), pages, strict=True):
             module = self.half.layers[layer]
             x, kv = self._attend(module, x, kv, rows)
@@ -84,7 +86,7 @@ class AttentionRole:
             topk_idx, topk_weights = module.route(h)
             routes = route_rows(
                 topk_idx, topk_weights, rows.valid.reshape(-1), rows.positions.reshape(-1),
-                self.exchange.mesh.placement, self.exchange.format.capacity,
+                placement, self.exchange.format.capacity,
             )  # fmt: skip
             box = self._dispatch(h, routes)
         return Lane(x, routes), new_pages, box
@@ -272,7 +274,7 @@ def _put_back(work: Work, stage: Stage, lane: Lane, layers: range, pages: Pages)
         work.pages[layer] = kv
 
 
-def _fence(work: Work, chain: Chain, *waiting: dict[Stage, Box | None]) -> Chain:
+def _fence(work: Work, chain: Chain, *waiting: dict[Stage, Any]) -> Chain:
     """Everything under way leaves one barrier together, so nothing after it starts before all of it is there."""
     parts = [list(boxes.values()) for boxes in waiting]
     work.lanes, work.rows, sequence, parts = jax.lax.optimization_barrier(

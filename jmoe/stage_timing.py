@@ -47,8 +47,8 @@ class StageTimes:
 def time_stages(runtime: CellRuntime, context: int, repeats: int = 5) -> StageTimes:
     """Measures the stages of a cell's decode step on loaded weights; the runtime must be "inline".
 
-    Each stage is run for every layer in a chain of data inside one call, so that weights come from memory and not from a
-    cache; a call of one stage is taken off, which leaves the launch out.
+    Each stage is run for every layer in a chain of data inside one call, so that weights come from memory and not from
+    a cache; a call of one stage is taken off, which leaves the launch out.
 
     Args:
       runtime: with weights loaded.

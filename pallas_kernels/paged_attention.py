@@ -112,6 +112,7 @@ def _reference(q, k_pages, v_pages, page_table, start_pos, sliding_window):
     for head in range(q.shape[2]):
         keys, values = k[:, :, head // group], v[:, :, head // group]
         scores = q[:, :, head].astype(jnp.float32) @ keys.swapaxes(1, 2) / q.shape[3] ** 0.5
-        weights = jnp.exp(jnp.where(visible, scores, MASKED) - jnp.max(jnp.where(visible, scores, MASKED), -1, keepdims=True))
+        scores = jnp.where(visible, scores, MASKED)
+        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
         heads.append((weights / weights.sum(-1, keepdims=True)) @ values)
     return jnp.stack(heads, axis=2).astype(q.dtype)

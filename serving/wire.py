@@ -41,7 +41,7 @@ def encode(message: dict[str, Any], max_bytes: int = MAX_FRAME_BYTES) -> bytes:
     Raises:
       WireError: the frame would be larger than max_bytes.
     """
-    body = msgpack.packb(message, default=_pack_array)
+    body = _pack(message)
     if len(body) > max_bytes:
         raise WireError(f"frame to send: expected at most {max_bytes} bytes, got {len(body)}")
     return _LENGTH.pack(len(body)) + body
@@ -62,6 +62,12 @@ def decode(body: bytes | bytearray) -> dict[str, Any]:
     return message
 
 
+def _pack(value: Any) -> bytes:
+    packed = msgpack.packb(value, default=_pack_array)
+    assert packed is not None  # as it would be from a packer that keeps its buffer
+    return packed
+
+
 def _pack_array(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
@@ -70,7 +76,7 @@ def _pack_array(value: Any) -> Any:
     if value.dtype.str not in _DTYPES:
         raise TypeError(f"array dtype: expected one of {sorted(_DTYPES)}, got {value.dtype.str}")
     parts = (value.dtype.str, list(value.shape), value.tobytes())
-    return msgpack.ExtType(_ARRAY, msgpack.packb(parts))
+    return msgpack.ExtType(_ARRAY, _pack(parts))
 
 
 def _unpack_array(code: int, data: bytes) -> np.ndarray:
@@ -205,7 +211,7 @@ def handshake(channel: Channel, token: str, side: str, hello: dict[str, Any], ti
     deadline = time.monotonic() + timeout_s
     max_bytes = channel._buffer.max_bytes
     channel.set_max_bytes(MAX_HANDSHAKE_BYTES)
-    mine = msgpack.packb({**hello, "protocol": PROTOCOL, "nonce": secrets.token_bytes(32)})
+    mine = _pack({**hello, "protocol": PROTOCOL, "nonce": secrets.token_bytes(32)})
     channel.socket.settimeout(timeout_s)
     channel.send({"hello": mine})
     theirs = channel.receive(deadline).get("hello")
@@ -225,4 +231,4 @@ def handshake(channel: Channel, token: str, side: str, hello: dict[str, Any], ti
 
 def _proof(token: str, side: str, own_hello: bytes, peer_hello: bytes) -> bytes:
     parts = (side.encode(), own_hello, peer_hello)
-    return hmac.new(token.encode(), msgpack.packb(parts), hashlib.sha256).digest()
+    return hmac.new(token.encode(), _pack(parts), hashlib.sha256).digest()

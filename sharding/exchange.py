@@ -6,7 +6,6 @@ that does not use the rest of its result: XLA removes unused collectives, on tha
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +121,7 @@ class Exchange:
         Returns:
           The box that arrived (zeros from no one), and the chain for the next exchange.
         """
-        floats, ints, order = _swap(
+        (hidden, topk_weights), ints, order = _swap(
             self, dispatch, combine, (box.hidden, box.topk_weights, chain.order),
             (box.local_idx, box.slot, box.num_rows, chain.sequence),
         )  # fmt: skip
@@ -135,7 +134,7 @@ class Exchange:
         arrived = jnp.max(jnp.where(scheduled, sequences, -1))
         sequence = (jnp.where(scheduled.any(), arrived, expected) + 1) & SEQUENCE_MASK
         chain = Chain(chain.base, chain.count + 1, sequence, (*chain.faults, fault), order)
-        return Box(*floats, local_idx, slot, num_rows), chain
+        return Box(hidden, topk_weights, local_idx, slot, num_rows), chain
 
     def _receives(self, dispatch: bool, combine: bool) -> jax.Array:
         """[rounds] bool: rounds in which this device gets a message."""
@@ -154,8 +153,7 @@ class Exchange:
         return jnp.stack(received)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _swap(exchange: Exchange, dispatch: bool, combine: bool, floats, ints):
+def _swap_plain(exchange: Exchange, dispatch: bool, combine: bool, floats, ints):
     """Packs, permutes, unpacks: ((hidden, weights, order), (ids, slot, rows, sequence)) -> what arrived."""
     (hidden, topk_weights, order), (local_idx, slot, num_rows, sequence) = floats, ints
     form, rounds = exchange.format, exchange.rounds.num_rounds
@@ -176,7 +174,7 @@ def _swap(exchange: Exchange, dispatch: bool, combine: bool, floats, ints):
 
 
 def _swap_forward(exchange, dispatch, combine, floats, ints):
-    return _swap(exchange, dispatch, combine, floats, ints), tuple(a.shape for a in ints)
+    return _swap_plain(exchange, dispatch, combine, floats, ints), tuple(a.shape for a in ints)
 
 
 def _swap_backward(exchange, dispatch, combine, int_shapes, cotangents):
@@ -196,4 +194,5 @@ def _swap_backward(exchange, dispatch, combine, int_shapes, cotangents):
     return floats, tuple(np.zeros(shape, jax.dtypes.float0) for shape in int_shapes)
 
 
+_swap = jax.custom_vjp(_swap_plain, nondiff_argnums=(0, 1, 2))
 _swap.defvjp(_swap_forward, _swap_backward)

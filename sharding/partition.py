@@ -33,7 +33,9 @@ def tensor_share(
             count, index = 1, 0
         if length % count:
             rule = "a divisor or a multiple" if axis == "kv_heads" else "a divisor"
-            raise ValueError(f"tensor parallelism over {axis}: expected {rule} of {length} as the tensor size, got {size}")
+            raise ValueError(
+                f"tensor parallelism over {axis}: expected {rule} of {length} as the tensor size, got {size}"
+            )
         width = length // count
         slices.append(slice(index * width, (index + 1) * width))
         part.append(width)

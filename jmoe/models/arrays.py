@@ -1,4 +1,4 @@
-"""ArraySpec: the one description of a parameter, from which its initial value, its sharding and its abstract form come."""
+"""ArraySpec: the one description of a parameter, of which its initial value, sharding and abstract form are made."""
 
 import dataclasses
 from collections.abc import Callable

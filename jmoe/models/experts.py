@@ -5,7 +5,7 @@ from flax import nnx
 
 from jmoe.config import ModelConfig
 from jmoe.models.arrays import ArraySpec, Make
-from jmoe.pallas_kernels.expert_ffn import expert_ffn
+from jmoe.pallas_kernels.expert_ffn import Implementation, expert_ffn
 
 
 class ExpertLayer(nnx.Module):
@@ -19,7 +19,13 @@ class ExpertLayer(nnx.Module):
         self.up_proj = make(path + "up_proj", wide)
         self.down_proj = make(path + "down_proj", back)
 
-    def __call__(self, rows: jax.Array, local_idx: jax.Array, topk_weights: jax.Array, implementation=None) -> jax.Array:
+    def __call__(
+        self,
+        rows: jax.Array,
+        local_idx: jax.Array,
+        topk_weights: jax.Array,
+        implementation: Implementation | None = None,
+    ) -> jax.Array:
         """One weighted partial sum a row, float32: see `expert_ffn`."""
         weights = (self.gate_proj[...], self.up_proj[...], self.down_proj[...])
         return expert_ffn(rows, local_idx, topk_weights, *weights, implementation=implementation)

@@ -15,7 +15,7 @@ from jmoe.sharding.tensor_group import TensorGroup
 
 
 class Model(nnx.Module):
-    """A MoE model as two modules: `model.attention` and `model.experts`. Where a parameter stands says which mesh it is on.
+    """A MoE model as two modules, `model.attention` and `model.experts`: where a parameter stands says on which mesh.
 
     Args:
       config: the model's facts.

@@ -8,7 +8,9 @@ import numpy as np
 from jmoe.planner.lanes import LaneEvent
 
 # An excess is what the critical device took over the mean device of its role: imbalance, stragglers.
-CRITICAL_KINDS: tuple[str, ...] = ("attention", "attention_excess", "head", "dispatch", "expert", "expert_excess", "combine", "before")
+CRITICAL_KINDS: tuple[str, ...] = (
+    "attention", "attention_excess", "head", "dispatch", "expert", "expert_excess", "combine", "before",
+)  # fmt: skip
 
 _Place = tuple[str, int, float]  # role, device, time
 

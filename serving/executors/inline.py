@@ -1,5 +1,6 @@
 """InlineExecutor: both roles on the devices of this process. For tests, laptops, notebooks, and one-process GPUs."""
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -73,8 +74,8 @@ def _start_jax(platform: str, num_devices: int):
 
     if platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
-        if not jax._src.xla_bridge.backends_are_initialized():
-            jax.config.update("jax_num_cpu_devices", max(num_devices, jax.config.jax_num_cpu_devices))
+        with contextlib.suppress(RuntimeError):  # JAX has started before: the devices that it has must do
+            jax.config.update("jax_num_cpu_devices", max(num_devices, jax.config.read("jax_num_cpu_devices")))
     devices = jax.devices()
     if len(devices) < num_devices:
         hint = "; JAX had started before, so no virtual devices could be added" if platform == "cpu" else ""
