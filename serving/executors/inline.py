@@ -75,7 +75,8 @@ def _start_jax(platform: str, num_devices: int):
     if platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
         with contextlib.suppress(RuntimeError):  # JAX has started before: the devices that it has must do
-            jax.config.update("jax_num_cpu_devices", max(num_devices, jax.config.read("jax_num_cpu_devices")))
+            known = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
+            jax.config.update("jax_num_cpu_devices", max(num_devices, known))
     devices = jax.devices()
     if len(devices) < num_devices:
         hint = "; JAX had started before, so no virtual devices could be added" if platform == "cpu" else ""
