@@ -45,27 +45,68 @@ class StageTimes:
 
 
 def time_stages(runtime: CellRuntime, context: int, repeats: int = 5) -> StageTimes:
-    """Measures the stages of a cell's decode step on loaded weights; the runtime must be "inline".
+    """Every stage of a cell's decode step; see `StageTimer`."""
+    timer = StageTimer(runtime, context, repeats)
+    return StageTimes(
+        timer.attention_s(), timer.expert_s(), timer.exchange_s(), timer.exchange_s(combine=True), timer.head_s()
+    )
 
-    Each stage is run for every layer in a chain of data inside one call, so that weights come from memory and not from
-    a cache; a call of one stage is taken off, which leaves the launch out.
+
+class StageTimer:
+    """Measures the stages of a cell's decode step on loaded weights, one at a time.
+
+    A stage is run for every layer in a chain of data inside one call, so that weights come from memory and not from a
+    cache; a call of one stage is taken off, which leaves the launch out.
 
     Args:
-      runtime: with weights loaded.
+      runtime: with role "inline" and weights loaded.
       context: tokens that each row's pages hold.
       repeats: timed calls; the median counts.
     """
-    cell = runtime.cell
-    batch = decode_batch(cell, context).array
-    layout = StepLayout.of(cell, "decode")
-    num_layers = len(cell.model.moe_layers)
-    exchange = Exchange.of(
-        cell.mesh, cell.model.hidden_size, layout.num_rows * layout.num_tokens, cell.model.num_experts_per_tok,
-        cell.model.dtype,
-    )  # fmt: skip
 
-    def attention(count: int, params, experts, state: DeviceState, inputs):
-        role, rows = _attention_role(runtime, params, exchange), Rows.unpack(inputs[0], layout)
+    def __init__(self, runtime: CellRuntime, context: int, repeats: int = 5):
+        self.runtime = runtime
+        self.cell = runtime.cell
+        self.repeats = repeats
+        model = self.cell.model
+        self._batch = decode_batch(self.cell, context).array
+        self._layout = StepLayout.of(self.cell, "decode")
+        self._exchange = Exchange.of(
+            self.cell.mesh, model.hidden_size, self.cell.rows, model.num_experts_per_tok, model.dtype
+        )
+
+    def attention_s(self) -> float:
+        """One layer's attention stage of one micro-batch."""
+        return self._slope(self._attention, len(self.cell.model.moe_layers))
+
+    def expert_s(self) -> float:
+        """One layer's expert stage of one micro-batch."""
+        return self._slope(self._experts, len(self.cell.model.moe_layers))
+
+    def exchange_s(self, combine: bool = False) -> float:
+        """One exchange: a dispatch, or with `combine` both directions at once."""
+        return self._slope(functools.partial(self._exchanges, combine), 33)
+
+    def head_s(self) -> float:
+        """Final norm, logits and argmax of one micro-batch."""
+        return self._slope(self._head, 5)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that one attention device sends in a dispatch."""
+        meetings = int((self._exchange.rounds.peer[0] >= 0).sum())
+        return 4 * self._exchange.format.dispatch_words * meetings
+
+    def _slope(self, function: Callable, count: int) -> float:
+        """Seconds of one more repetition."""
+        few, many = (
+            _median_s(self.runtime.measure(functools.partial(function, n), self._batch), self.repeats)
+            for n in (1, count)
+        )
+        return max(many - few, 1e-9) / (count - 1)  # positive: on a noisy host a short stage drowns
+
+    def _attention(self, count: int, params, experts, state: DeviceState, inputs):
+        role, rows = _attention_role(self.runtime, params, self._exchange), Rows.unpack(inputs[0], self._layout)
         lane, box, all_pages = role.empty_lane(), None, list(state.pages or [])
         for j in range(count):
             stage = Stage(j, 0)
@@ -76,44 +117,29 @@ def time_stages(runtime: CellRuntime, context: int, repeats: int = 5) -> StageTi
                 all_pages[layer] = kv
         return dataclasses.replace(state, pages=all_pages), (lane.x, box)
 
-    def experts_only(count: int, params, experts, state: DeviceState, inputs):
-        role = ExpertRole(cell, ExpertHalf(cell.model, take_from(experts)), exchange)
-        box = _received(exchange, runtime, inputs)
+    def _experts(self, count: int, params, experts, state: DeviceState, inputs):
+        role = ExpertRole(self.cell, ExpertHalf(self.cell.model, take_from(experts)), self._exchange)
+        box = _received(self._exchange, self.runtime, inputs)
         for j in range(count):
             out = jax.lax.optimization_barrier(role.stage(Stage(j, 0), box))
             box = dataclasses.replace(box, hidden=out.hidden)
         return state, box
 
-    def exchanges(combine: bool, count: int, params, experts, state: DeviceState, inputs):
-        box, chain = _received(exchange, runtime, inputs), Chain.start(state.sequence)
+    def _exchanges(self, combine: bool, count: int, params, experts, state: DeviceState, inputs):
+        box, chain = _received(self._exchange, self.runtime, inputs), Chain.start(state.sequence)
         for _ in range(count):
-            got, chain = exchange(box, chain, dispatch=True, combine=combine)
+            got, chain = self._exchange(box, chain, dispatch=True, combine=combine)
             hidden, sequence = jax.lax.optimization_barrier((got.hidden, chain.sequence))
             box, chain = dataclasses.replace(box, hidden=hidden), dataclasses.replace(chain, sequence=sequence)
         return state, (box.hidden, chain.sequence)
 
-    def head(count: int, params, experts, state: DeviceState, inputs):
-        role, rows = _attention_role(runtime, params, exchange), Rows.unpack(inputs[0], layout)
+    def _head(self, count: int, params, experts, state: DeviceState, inputs):
+        role, rows = _attention_role(self.runtime, params, self._exchange), Rows.unpack(inputs[0], self._layout)
         x = role.half.embed_tokens(rows.token_ids, role.tensor)[:, 0]
         for _ in range(count):
             logits = role.half.logits(x, role.tensor)
             x = jax.lax.optimization_barrier(x + jnp.argmax(logits, axis=-1, keepdims=True).astype(x.dtype) * 0)
         return state, x
-
-    def slope(function: Callable, count: int) -> float:
-        """Seconds of one more repetition."""
-        few, many = (
-            _median_s(runtime.measure(functools.partial(function, n), batch), repeats) for n in (1, count)
-        )
-        return max(many - few, 0.0) / (count - 1)
-
-    return StageTimes(
-        attention_s=slope(attention, num_layers),
-        expert_s=slope(experts_only, num_layers),
-        exchange_s=slope(functools.partial(exchanges, False), 33),
-        exchange_both_s=slope(functools.partial(exchanges, True), 33),
-        head_s=slope(head, 5),
-    )
 
 
 def _attention_role(runtime: CellRuntime, params, exchange: Exchange) -> AttentionRole:

@@ -48,6 +48,14 @@ The server speaks jmoe.v1, grpc.health.v1 and reflection. SIGTERM drains it: run
   jmoe plan --model mixtral-8x22b --gpus h20:64,l40s:64 --slo-ms 150
 """,
     ),
+    "profile": (
+        "jmoe.serving.commands.profile",
+        "measure stage times on two GPUs of this host, for the planner",
+        """\
+  jmoe profile ./Mixtral-8x7B --gpu h200 --out h200.json
+  jmoe plan --model ./Mixtral-8x7B --gpus h200:16 --profile h200.json
+""",
+    ),
 }
 _TEACH = """\
 A Mixture-of-Experts model runs on two device meshes: attention, with embeddings, KV cache and sampling, on one

@@ -35,7 +35,7 @@ class InlineExecutor:
         progress: Callable[[str], None] = lambda _: None,
     ):
         self.cell = cell
-        devices = _start_jax(platform, cell.mesh.num_devices)
+        devices = start_jax(platform, cell.mesh.num_devices)
         from jmoe.cell_runtime import CellRuntime
         from jmoe.device_params import ArraySource
 
@@ -65,7 +65,7 @@ class InlineExecutor:
         return self._runtime
 
 
-def _start_jax(platform: str, num_devices: int):
+def start_jax(platform: str, num_devices: int):
     """This process's devices; on CPU as many virtual ones as asked for, where JAX has not started yet."""
     # XLA's CPU thread pool has one thread a core, and each virtual device blocks one in a collective: with fewer
     # threads than devices a program waits for itself. XLA reads NPROC when its backend starts.
