@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, writes the file and says where."""
+    from jmoe.planner.model_shape import load_model_shape
     from jmoe.planner.profile_file import profile_to_json
     from jmoe.profiling import ProfileGrid, measure_profile
     from jmoe.serving.executors.create import detect_platform
@@ -33,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--layers: expected at least 2, got {args.layers}")
     grid = ProfileGrid(sorted(set(args.rows)), sorted(set(args.context)), sorted(set(experts)), args.layers)
     start_jax(detect_platform(), 2)
-    profile = measure_profile(model, args.model, args.gpu, grid, lambda line: print(line, file=sys.stderr, flush=True))
+    name = load_model_shape(args.model).name  # as `jmoe plan` will call it
+    profile = measure_profile(model, name, args.gpu, grid, lambda line: print(line, file=sys.stderr, flush=True))
     args.out.write_text(profile_to_json(profile))
     print(f"jmoe profile: {profile.device}, {args.out} written; use it with `jmoe plan --profile {args.out}`")
     return 0
