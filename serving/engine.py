@@ -87,7 +87,7 @@ class Engine:
           ValueError: a prompt or parameters that this cell can't serve, or an id in use.
           QueueFullError: max_waiting requests wait already.
           EngineClosedError: the engine is draining or closed.
-          CellFailedError: the cell has failed.
+          CellFailedError: the cell has failed; of the failure's own type.
         """
         request_id = f"req-{secrets.token_hex(8)}" if request_id is None else request_id
         request = make_request(self.cell, prompt_ids, params, request_id, self.tokenizer is not None)
@@ -95,7 +95,7 @@ class Engine:
         stream = RequestStream(request, on_output, detokenizer, StopMatcher(params.stop))
         with self._changed:
             if self.failure is not None:
-                raise CellFailedError(str(self.failure)) from self.failure
+                raise type(self.failure)(*self.failure.args) from self.failure
             if self._state != "open":
                 raise EngineClosedError(f"the engine is {self._state}")
             if request.id in self._streams:

@@ -15,6 +15,7 @@ from jmoe.serving.engine_config import EngineConfig
 from jmoe.serving.errors import CellFailedError, QueueFullError
 from jmoe.serving.executors.protocol import Executor, ProgramKey
 from jmoe.serving.metrics import Metrics
+from jmoe.serving.process_options import ProcessOptions
 from jmoe.serving.prompts import Prompt, is_one_prompt, prompt_ids
 from jmoe.serving.requests import RequestOutput, SamplingParams
 from jmoe.serving.sizes import CellSizes
@@ -181,9 +182,6 @@ class Server:
         except QueueFullError:
             self.metrics.refused()
             raise
-        except CellFailedError as error:
-            failure = self.failure or error
-            raise type(failure)(str(failure)) from failure
 
     def abort(self, request_id: str) -> None:
         """Ends a request and frees its pages; one that is not there (any more) is no error."""
@@ -235,6 +233,7 @@ def serve(
     max_waiting: int = 256,
     progress: Callable[[str], None] | None = None,
     sizes: CellSizes | None = None,
+    processes: ProcessOptions | None = None,
     **size_options: Any,
 ) -> Server:
     """Serves a model with attention on one mesh and experts on another.
@@ -249,6 +248,7 @@ def serve(
       max_waiting: requests that may wait for a slot.
       progress: gets a line for each step of starting up.
       sizes: shapes of the programs, or single ones by name: `rows=8, max_len=4096` (see `CellSizes`).
+      processes: where the workers of "processes" are, and how long each thing may take (see `ProcessOptions`).
 
     Returns:
       The running server.
@@ -268,10 +268,10 @@ def serve(
     say("reading the model's configuration")
     config, text = _describe(model, tokenizer)
     cell = (sizes or CellSizes(**size_options)).resolve(config, mesh_cfg or MeshConfig())
-    running = create_executor(model, cell, executor, say)
+    forms = {"greedy": (False,), "all": (False, True), "none": ()}[programs]
+    keys = [ProgramKey(kind, form) for form in forms for kind in ("prefill", "decode")]
+    running = create_executor(model, cell, executor, say, keys, processes)
     try:
-        forms = {"greedy": (False,), "all": (False, True), "none": ()}[programs]
-        running.compile([ProgramKey(kind, form) for form in forms for kind in ("prefill", "decode")], say)
         name = pathlib.Path(model).resolve().name if isinstance(model, str | pathlib.Path) else config.family
         return Server(running, tokenizer=text, engine_config=EngineConfig(max_waiting=max_waiting), name=name)
     except BaseException:

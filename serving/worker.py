@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -200,7 +201,12 @@ def _execute(runtime: Runtime | None, command: dict[str, Any], channel: Channel)
         def progress(text: str) -> None:
             channel.send({"number": command["number"], "kind": "progress", "text": str(text)[:_MAX_TEXT]})
 
-        runtime.load(command["path"], progress)
+        keys = [ProgramKey(*key) for key in command.get("keys", ())]
+        pool = ThreadPoolExecutor(1, "compile")
+        compiling = pool.submit(runtime.compile, *keys)
+        runtime.load(command["path"], progress)  # what is wrong with a checkpoint is told without the compiler's wait
+        compiling.result()
+        pool.shutdown()
         return None
     if kind == "compile":
         return runtime.compile(*(ProgramKey(*key) for key in command["keys"]))

@@ -13,6 +13,7 @@ from jmoe.serving.commands.options import (
     sampling_params,
 )
 from jmoe.serving.commands.print_stream import print_stream
+from jmoe.serving.commands.worker_options import add_worker_options, process_options
 from jmoe.serving.grpc_client import Client
 from jmoe.serving.progress import Progress
 from jmoe.serving.prompts import Prompt
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="PROMPT is a user's message, through the chat template")
     add_sampling_options(parser)
     add_cell_options(parser)
+    add_worker_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,13 +54,19 @@ def run(args: argparse.Namespace) -> int:
         ):
             summary = print_stream(outputs)
     else:
-        mesh, sizes = mesh_config(args), cell_sizes(args, rows=1)
+        mesh, sizes, processes = mesh_config(args), cell_sizes(args, rows=1), process_options(args)
         choose_platform(args)
         programs = "all" if params.needs_sampling else "greedy"
         with (
             Progress() as progress,
             serve(
-                args.words[0], mesh, executor=args.executor, programs=programs, progress=progress, sizes=sizes
+                args.words[0],
+                mesh,
+                executor=args.executor,
+                programs=programs,
+                progress=progress,
+                sizes=sizes,
+                processes=processes,
             ) as server,
         ):
             progress.close()

@@ -7,6 +7,7 @@ import sys
 import threading
 
 from jmoe.serving.commands.options import UsageError, add_cell_options, cell_sizes, choose_platform, mesh_config
+from jmoe.serving.commands.worker_options import add_worker_options, process_options
 from jmoe.serving.grpc_config import GrpcConfig
 from jmoe.serving.grpc_server import LOADING_THREAD, run_grpc
 from jmoe.serving.progress import Progress
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `jmoe serve` to a parser."""
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face checkpoint folder")
     add_cell_options(parser)
+    add_worker_options(parser)
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="where to listen (default: this machine only)")
     network.add_argument("--port", type=int, default=50051, help="0 lets the system choose (default 50051)")
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         config = GrpcConfig(args.host, args.port, args.tls_cert, args.tls_key, grace_s=args.grace_s)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    mesh, sizes = mesh_config(args), cell_sizes(args)
+    mesh, sizes, processes = mesh_config(args), cell_sizes(args), process_options(args)
     choose_platform(args)
     if config.warning:
         print(config.warning, file=sys.stderr, flush=True)
@@ -50,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
                 max_waiting=args.max_waiting,
                 progress=progress,
                 sizes=sizes,
+                processes=processes,
             )
 
         def say(line: str) -> None:

@@ -3,11 +3,12 @@
 import importlib.util
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from jmoe.cell_config import CellConfig
-from jmoe.serving.executors.protocol import Executor
+from jmoe.serving.executors.protocol import Executor, ProgramKey
+from jmoe.serving.process_options import ProcessOptions
 
 if TYPE_CHECKING:
     from jmoe.models.model import Model
@@ -28,27 +29,36 @@ def create_executor(
     cell: CellConfig,
     kind: Literal["auto", "inline", "processes"] = "auto",
     progress: Callable[[str], None] = lambda _: None,
+    programs: Sequence[ProgramKey] = (),
+    processes: ProcessOptions | None = None,
 ) -> Executor:
-    """Starts an executor and loads the model into it.
+    """Starts an executor, loads the model into it and compiles programs meanwhile.
 
     Args:
       model: a Hugging Face checkpoint folder, or a live model.
       cell: sizes and meshes.
       kind: "processes" (a worker process a role: the default on GPUs), "inline" (this process: the default on CPU).
       progress: gets a line for each stage.
+      programs: compiled while the weights load.
+      processes: of "processes" alone: where the workers are, and how long each thing may take.
 
     Raises:
-      ValueError: too few devices, sizes that don't fit the model, or a checkpoint that does not match.
+      ValueError: too few devices, sizes that don't fit the model, a checkpoint that does not match, or `processes` for
+        an executor that has none.
       CellFailedError: a worker did not come up.
     """
     platform = detect_platform()
     if kind == "auto":
         kind = "processes" if platform == "gpu" else "inline"
+    if processes is not None and kind != "processes":
+        raise ValueError(f"processes: expected the executor 'processes' for its options, got {kind!r} on {platform}")
     progress(f"executor {kind} on {cell.mesh.num_devices} {platform} devices")
     if kind == "processes":
         from jmoe.serving.executors.processes import ProcessesExecutor
 
-        return ProcessesExecutor(cell, model, platform=platform, progress=progress)
+        return ProcessesExecutor(
+            cell, model, processes, platform=platform, programs=programs, progress=progress
+        )
     from jmoe.serving.executors.inline import InlineExecutor
 
-    return InlineExecutor(cell, model, platform=platform, progress=progress)
+    return InlineExecutor(cell, model, platform=platform, programs=programs, progress=progress)

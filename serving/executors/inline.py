@@ -3,10 +3,11 @@
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from jmoe.cell_config import CellConfig
-from jmoe.serving.executors.protocol import ProgramKey
+from jmoe.serving.executors.protocol import ProgramKey, compiling_line
 from jmoe.step_inputs import StepInputs, StepOutputs
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ class InlineExecutor:
       cell: sizes and meshes.
       model: a checkpoint folder, or a live model.
       platform: "cpu" makes as many virtual devices as the meshes need, if JAX has not started yet.
-      progress: gets a line for each stage of loading.
+      programs: compiled while the weights load.
+      progress: gets a line for each stage of loading and each program.
 
     Raises:
       ValueError: fewer devices than the meshes need.
@@ -32,6 +34,7 @@ class InlineExecutor:
         model: "str | os.PathLike[str] | Model",
         *,
         platform: str = "cpu",
+        programs: Sequence[ProgramKey] = (),
         progress: Callable[[str], None] = lambda _: None,
     ):
         self.cell = cell
@@ -39,13 +42,19 @@ class InlineExecutor:
         from jmoe.cell_runtime import CellRuntime
         from jmoe.device_params import ArraySource
 
-        self._runtime: CellRuntime | None = CellRuntime(cell, devices, "inline")
+        runtime = CellRuntime(cell, devices, "inline")
+        self._runtime: CellRuntime | None = runtime
         source = model if isinstance(model, (str, os.PathLike)) else ArraySource(*model.arrays_by_path())
-        self._runtime.load(source, progress)
+        for key in programs:
+            progress(compiling_line(key))
+        with ThreadPoolExecutor(1, "jmoe-compile") as pool:  # also after a bad checkpoint: a compiler can't be stopped
+            compiling = pool.submit(runtime.compile, *programs)
+            runtime.load(source, progress)
+            compiling.result()
 
     def compile(self, keys: Sequence[ProgramKey], progress: Callable[[str], None]) -> None:
         for key in keys:
-            progress(f"compiling {key.kind}, {'sampling' if key.sampling else 'greedy'}")
+            progress(compiling_line(key))
         self._open().compile(*keys)
 
     def run(self, key: ProgramKey, inputs: StepInputs) -> StepOutputs:

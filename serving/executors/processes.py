@@ -3,7 +3,6 @@
 import contextlib
 import os
 import pathlib
-import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -11,13 +10,12 @@ import numpy as np
 
 from jmoe.cell_config import CellConfig
 from jmoe.config import RANDOM_WEIGHTS
-from jmoe.serving.deadlines import Deadlines
 from jmoe.serving.errors import CellFailedError
-from jmoe.serving.executors.protocol import ProgramKey
+from jmoe.serving.executors.protocol import ProgramKey, compiling_line
 from jmoe.serving.model_handover import LiveModel, handed_over
+from jmoe.serving.process_options import ProcessOptions
 from jmoe.serving.supervisor import Supervisor
-from jmoe.serving.worker_process import DEFAULT_COMMAND
-from jmoe.serving.worker_start import TOKEN_VARIABLE, WorkerPlace, WorkerStart, split_address
+from jmoe.serving.worker_start import WorkerPlace, split_address
 from jmoe.sharding.mesh_config import MeshConfig
 from jmoe.step_inputs import StepInputs, StepLayout, StepOutputs
 
@@ -29,16 +27,10 @@ class ProcessesExecutor:
       cell: what the programs are compiled for.
       checkpoint: a Hugging Face checkpoint folder, from which each worker reads its own role's part (at the same path
         on every host), or a live model, which is handed over in shared memory.
+      options: how the workers are placed, reached, timed and logged.
       platform: "cpu" (virtual devices, gloo) or "gpu" (NCCL).
-      processes_per: one worker per "role" or per "device".
-      addresses: HOST:PORT of workers that listen (`--listen`), attention first; empty for children of this process.
-        They follow one another on the joint axis; on a host with several, each takes the next GPUs.
-      token: the secret that listening workers share; None for the environment's JMOE_WORKER_TOKEN, or for a fresh one
-        with children.
-      deadlines: how long each thing may take.
-      progress: gets a line now and then while workers start and load.
-      log_dir: keeps each child's output there.
-      worker_command: what starts a child.
+      programs: compiled while the weights load.
+      progress: gets a line now and then while workers start, load and compile.
 
     Raises:
       ValueError: another number of addresses than workers, a checkpoint that does not fit, or a live model for
@@ -50,44 +42,50 @@ class ProcessesExecutor:
         self,
         cell: CellConfig,
         checkpoint: str | os.PathLike[str] | LiveModel,
+        options: ProcessOptions | None = None,
         *,
         platform: Literal["cpu", "gpu"] = "cpu",
-        processes_per: Literal["role", "device"] = "role",
-        addresses: Sequence[str] = (),
-        token: str | None = None,
-        deadlines: Deadlines | None = None,
+        programs: Sequence[ProgramKey] = (),
         progress: Callable[[str], None] | None = None,
-        log_dir: str | os.PathLike[str] | None = None,
-        worker_command: Sequence[str] = DEFAULT_COMMAND,
     ):
         self.cell = cell
-        self._deadlines = deadlines or Deadlines()
+        options = options or ProcessOptions()
+        self._platform: Literal["cpu", "gpu"] = platform
+        self._deadlines = options.deadlines
         self._compiled: set[ProgramKey] = set()
         self._has_run: set[ProgramKey] = set()
-        self._places = worker_places(cell.mesh, processes_per, platform, addresses)
-        if addresses and not isinstance(checkpoint, (str, os.PathLike)):
+        self._places = worker_places(cell.mesh, options.per, platform, options.addresses)
+        if options.addresses and not isinstance(checkpoint, (str, os.PathLike)):
             raise ValueError("checkpoint: expected a folder that every worker's host has, got a live model")
-        token = token or (os.environ.get(TOKEN_VARIABLE, "") if addresses else secrets.token_hex(32))
-        start = WorkerStart(token, tuple(worker_command), pathlib.Path(log_dir) if log_dir else None)
-        self._supervisor = Supervisor(self._places, start, self._deadlines)
+        self._supervisor = Supervisor(self._places, options.start(), self._deadlines)
         report = progress or (lambda line: None)
         try:
             report(f"starting {len(self._places)} workers")
             hellos = self._supervisor.start()
             self._supervisor.call("init", self._init_payloads(platform, hellos), self._deadlines.init_s)
-            self._load(checkpoint, report)
+            self._load(checkpoint, programs, report)
         except BaseException:
             self._supervisor.close()
             raise
 
-    def _load(self, checkpoint: str | os.PathLike[str] | LiveModel, report: Callable[[str], None]) -> None:
+    def _load(
+        self,
+        checkpoint: str | os.PathLike[str] | LiveModel,
+        programs: Sequence[ProgramKey],
+        report: Callable[[str], None],
+    ) -> None:
         with contextlib.ExitStack() as stack:
             if not isinstance(checkpoint, (str, os.PathLike)):
                 report("handing the model over")
                 checkpoint = stack.enter_context(handed_over(checkpoint))
             is_random = str(checkpoint).startswith(RANDOM_WEIGHTS)
             path = str(checkpoint) if is_random else str(pathlib.Path(checkpoint).absolute())
-            self._supervisor.call("load", self._same({"path": path}), self._deadlines.load_s, report)
+            keys = list(dict.fromkeys(programs))
+            limit_s = self._deadlines.load_s + self._deadlines.compile_s * len(keys)
+            for key in keys:
+                report(compiling_line(key))
+            self._supervisor.call("load", self._same({"path": path, "keys": [list(k) for k in keys]}), limit_s, report)
+            self._compiled |= set(keys)
 
     @property
     def worker_pids(self) -> list[int]:
@@ -100,7 +98,7 @@ class ProcessesExecutor:
         if not new:
             return
         for key in new:
-            progress(f"compiling {key.kind}, {'sampling' if key.sampling else 'greedy'}")
+            progress(compiling_line(key))
         payload = {"keys": [list(key) for key in new]}
         self._supervisor.call("compile", self._same(payload), self._deadlines.compile_s * len(new), progress)
         self._compiled |= set(new)
@@ -111,7 +109,7 @@ class ProcessesExecutor:
         expert = {"key": list(key)}
         attention = {**expert, "inputs": inputs.array}
         payloads = [attention if place.role == "attention" else expert for place in self._places]
-        limit_s = self._deadlines.step_s if key in self._has_run else self._deadlines.first_step_s
+        limit_s = self._deadlines.step_limit_s(self._platform, key not in self._has_run)
         replies = self._supervisor.call("run", payloads, limit_s)
         self._has_run.add(key)
         try:
@@ -163,10 +161,8 @@ def worker_places(
     """Divides a mesh among workers, in the order of the joint axis: attention first.
 
     Raises:
-      ValueError: an unknown `processes_per` or `platform`, or another number of addresses than workers.
+      ValueError: an unknown `platform`, or another number of addresses than workers.
     """
-    if processes_per not in ("role", "device"):
-        raise ValueError(f"processes_per: expected 'role' or 'device', got {processes_per!r}")
     if platform not in ("cpu", "gpu"):
         raise ValueError(f"platform: expected 'cpu' or 'gpu', got {platform!r}")
     by_role = [("attention", mesh.num_attention_devices), ("expert", mesh.num_expert_devices)]

@@ -14,6 +14,11 @@ class ProgramKey(NamedTuple):
     sampling: bool
 
 
+def compiling_line(key: ProgramKey) -> str:
+    """What is said when a program begins to compile."""
+    return f"compiling {key.kind}, {'sampling' if key.sampling else 'greedy'}"
+
+
 class Executor(Protocol):
     """Runs calls one at a time; every method may raise a `CellFailedError`, after which only `close` is allowed."""
 

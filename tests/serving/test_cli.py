@@ -49,7 +49,7 @@ def created(monkeypatch):
     """Fake executors in place of real ones; the cells that were asked for."""
     cells = []
 
-    def create_executor(model, cell, kind, progress):
+    def create_executor(model, cell, kind, progress, programs, processes):
         cells.append((model, cell, kind))
         progress("starting")
         return FakeExecutor(cell)
@@ -136,7 +136,7 @@ def test_failures_are_exit_code_1_and_one_line(tmp_path, capsys, created):
 
 
 def test_a_cell_that_fails_is_named(checkpoint, created, monkeypatch, capsys):
-    def create_executor(model, cell, kind, progress):
+    def create_executor(model, cell, kind, progress, programs, processes):
         return FakeExecutor(cell, fail_at=0, error=WorkerDiedError("worker 1 was killed\nits last words"))
 
     monkeypatch.setattr(sys.modules["jmoe.serving.executors.create"], "create_executor", create_executor)

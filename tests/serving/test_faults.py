@@ -60,7 +60,7 @@ def wait_until_running(executor):
 @pytest.mark.parametrize(("victim", "per"), [(0, "role"), (1, "role"), (0, "device"), (3, "device")])
 def test_a_killed_worker_ends_the_run_within_two_seconds(monkeypatch, victim, per):
     faults = {str(i): {"run": "hang"} for i in range(5)}
-    executor = fake_executor(monkeypatch, faults, processes_per=per)
+    executor = fake_executor(monkeypatch, faults, per=per)
     try:
         pids = executor.worker_pids
         thread, result = run_in_thread(executor)
@@ -238,7 +238,7 @@ def test_a_start_that_takes_too_long_names_who_is_late(monkeypatch):
     silent = (sys.executable, "-c", "import time; print('importing', flush=True); time.sleep(600)")
     deadlines = dataclasses.replace(PATIENT, start_s=1.0)
     with pytest.raises(StepTimeoutError, match=r"no connection within 1 s with worker 0 \(attention\), worker 1"):
-        fake_executor(monkeypatch, deadlines=deadlines, worker_command=silent)
+        fake_executor(monkeypatch, deadlines=deadlines, command=silent)
 
 
 def test_close_during_a_run_fails_the_run(monkeypatch):

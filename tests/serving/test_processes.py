@@ -20,9 +20,11 @@ from worker_cell import (
 )
 
 from jmoe.serving.deadlines import Deadlines
-from jmoe.serving.errors import CellFailedError
+from jmoe.serving.errors import CellFailedError, WorkerDiedError
+from jmoe.serving.executors.create import create_executor
 from jmoe.serving.executors.processes import ProcessesExecutor, _join_outputs, worker_places
 from jmoe.serving.executors.protocol import ProgramKey
+from jmoe.serving.process_options import ProcessOptions
 from jmoe.sharding.mesh_config import MeshConfig
 from jmoe.step_inputs import StepInputs
 
@@ -38,7 +40,7 @@ def expected_tokens(cell, call: int, num_steps: int, rows: int) -> np.ndarray:
 def test_calls_reach_every_worker_and_replicas_come_back_in_order(monkeypatch, per, mesh):
     cell = tiny_cell(2, 1, **mesh)
     lines = []
-    executor = fake_executor(monkeypatch, cell=cell, processes_per=per, progress=lines.append)
+    executor = fake_executor(monkeypatch, cell=cell, per=per, progress=lines.append)
     try:
         executor.compile([DECODE, PREFILL], lines.append)
         out = executor.run(DECODE, StepInputs(cell, "decode"))
@@ -102,9 +104,9 @@ def test_listening_workers_are_reached_by_address(monkeypatch):
             workers.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
             addresses.append(workers[-1].stderr.readline().split()[-1])
         with pytest.raises(CellFailedError, match=r"does not hold|closed"):
-            fake_executor(monkeypatch, addresses=addresses, token="another token of a cell")
+            fake_executor(monkeypatch, addresses=tuple(addresses), token="another token of a cell")
         cell = tiny_cell(1, 1)
-        executor = fake_executor(monkeypatch, cell=cell, addresses=addresses)
+        executor = fake_executor(monkeypatch, cell=cell, addresses=tuple(addresses))
         out = executor.run(DECODE, StepInputs(cell, "decode"))
         np.testing.assert_array_equal(out.tokens, expected_tokens(cell, 1, cell.num_steps, cell.rows))
         assert executor.worker_pids == [worker.pid for worker in workers]
@@ -136,7 +138,6 @@ def test_places_divide_the_joint_axis():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("node", "cpu"), "processes_per: expected 'role' or 'device', got 'node'"),
         (("role", "tpu"), "platform: expected 'cpu' or 'gpu', got 'tpu'"),
         (("role", "cpu", ["a:1"]), "worker addresses: expected 2 .* got 1"),
         (("role", "cpu", ["a:1", "b"]), "worker address: expected HOST:PORT, got 'b'"),
@@ -150,9 +151,53 @@ def test_bad_arguments_are_named(arguments, sentence):
 
 def test_a_live_model_for_workers_elsewhere_is_refused():
     with pytest.raises(ValueError, match="got a live model"):
-        ProcessesExecutor(tiny_cell(), object(), addresses=["a:1", "b:1"], token="x" * 20)  # pyright: ignore
-    with pytest.raises(ValueError, match=r"Deadlines.step_s: expected more than 0 seconds, got 0"):
-        Deadlines(step_s=0)
+        ProcessesExecutor(
+            tiny_cell(),
+            object(),  # pyright: ignore[reportArgumentType]
+            ProcessOptions(addresses=("a:1", "b:1"), token="x" * 20),
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"step_s": 0}, "Deadlines.step_s: expected more than 0 seconds, got 0"),
+        ({"load_s": float("nan")}, "Deadlines.load_s: expected more than 0 seconds, got nan"),
+        ({"heartbeat_s": 1.5}, "expected at least 2 seconds for heartbeat_s and busy_heartbeat_s, got 1.5 and 60.0"),
+    ],
+)
+def test_bad_deadlines_are_named(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Deadlines(**options)
+
+
+def test_bad_process_options_are_named():
+    with pytest.raises(ValueError, match="processes_per: expected 'role' or 'device', got 'node'"):
+        ProcessOptions(per="node")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="worker address: expected HOST:PORT, got 'b'"):
+        ProcessOptions(addresses=("a:1", "b"))
+    assert "hidden" not in repr(ProcessOptions(token="hidden"))
+
+
+def test_an_executor_without_processes_refuses_their_options(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    for kind in ("inline", "auto"):
+        with pytest.raises(ValueError, match="expected the executor 'processes' for its options, got 'inline' on cpu"):
+            create_executor("/some/checkpoint", tiny_cell(), kind, processes=ProcessOptions())
+
+
+def test_programs_are_compiled_with_the_load(monkeypatch):
+    """A fault of `compile` shows in the start itself, and what was compiled there is not compiled again."""
+    with pytest.raises(WorkerDiedError, match="worker 1"):
+        fake_executor(monkeypatch, {"1": {"compile": "exit"}}, programs=[PREFILL, DECODE])
+    lines = []
+    executor = fake_executor(monkeypatch, programs=[PREFILL, DECODE], progress=lines.append)
+    try:
+        assert lines.count("compiling decode, greedy") == 1
+        executor.compile([PREFILL, DECODE], lines.append)
+        assert lines.count("compiling decode, greedy") == 1
+    finally:
+        executor.close()
 
 
 def answer(cell, replicas, **changes):
@@ -189,8 +234,9 @@ def test_the_parent_needs_no_jax_and_no_main_guard(tmp_path):
         sys.path.insert(0, {tests!r})
         from worker_cell import FAKE_COMMAND, DECODE, PATIENT, tiny_cell
         from jmoe.serving.executors.processes import ProcessesExecutor
+        from jmoe.serving.process_options import ProcessOptions
         from jmoe.step_inputs import StepInputs
-        executor = ProcessesExecutor(tiny_cell(), "/x", worker_command=FAKE_COMMAND, deadlines=PATIENT)
+        executor = ProcessesExecutor(tiny_cell(), "/x", ProcessOptions(command=FAKE_COMMAND, deadlines=PATIENT))
         print(executor.run(DECODE, StepInputs(executor.cell, "decode")).tokens.sum(), *executor.worker_pids)
         """)
     )
@@ -204,3 +250,6 @@ def test_the_parent_needs_no_jax_and_no_main_guard(tmp_path):
 def test_default_deadlines_keep_what_is_promised():
     """A stopped worker is noticed within 10 s, the end of all workers included."""
     assert Deadlines().heartbeat_s + Deadlines().grace_s + 1 < 10
+    limits = [Deadlines().step_limit_s(kind, first) for kind in ("gpu", "cpu") for first in (True, False)]
+    assert limits == [60, 10, 170, 120]
+    assert Deadlines(step_s=3, first_step_s=4).step_limit_s("cpu", True) == 4

@@ -24,6 +24,7 @@ from jmoe.models.model import Model, array_specs, reference_forward
 from jmoe.serving.errors import SequenceMismatchError, StepTimeoutError, WorkerDiedError
 from jmoe.serving.executors.processes import ProcessesExecutor
 from jmoe.serving.executors.protocol import ProgramKey
+from jmoe.serving.process_options import ProcessOptions
 from jmoe.sharding.mesh_config import MeshConfig
 from jmoe.step_inputs import StepInputs
 
@@ -99,7 +100,7 @@ def break_while_decoding(executor, act) -> Exception:
 
 
 def test_one_to_one_from_a_live_model_then_the_coordinator_is_killed(model):
-    executor = ProcessesExecutor(cell_of(MeshConfig(1, 1)), model, deadlines=DEADLINES)
+    executor = ProcessesExecutor(cell_of(MeshConfig(1, 1)), model, ProcessOptions(deadlines=DEADLINES))
     try:
         assert list(pathlib.Path("/dev/shm").glob(f"jmoe-handover-{os.getpid()}.*")) == []
         executor.compile([PREFILL, DECODE], lambda line: None)
@@ -117,7 +118,7 @@ def test_two_to_three_with_a_process_a_device_then_an_expert_stops(model, tmp_pa
     save_hf(tmp_path, CONFIG, *model.arrays_by_path())
     deadlines = dataclasses.replace(DEADLINES, heartbeat_s=6)
     cell = cell_of(MeshConfig(2, 3))
-    executor = ProcessesExecutor(cell, tmp_path, deadlines=deadlines, processes_per="device")
+    executor = ProcessesExecutor(cell, tmp_path, ProcessOptions(deadlines=deadlines, per="device"))
     try:
         pids = executor.worker_pids
         assert len(set(pids)) == 5
@@ -134,7 +135,7 @@ def test_an_exchange_out_of_step_ends_the_cell(model, tmp_path):
     """A device's sequence number is wrong from the third call on: no token of that call comes back."""
     save_hf(tmp_path, CONFIG, *model.arrays_by_path())
     cell = cell_of(MeshConfig(1, 1, num_micro_batches=1))
-    executor = ProcessesExecutor(cell, tmp_path, deadlines=DEADLINES, worker_command=DRILL_COMMAND)
+    executor = ProcessesExecutor(cell, tmp_path, ProcessOptions(deadlines=DEADLINES, command=DRILL_COMMAND))
     try:
         pids = executor.worker_pids
         for _ in range(2):

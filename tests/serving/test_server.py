@@ -13,6 +13,7 @@ import jmoe
 from jmoe.serving.engine_config import EngineConfig
 from jmoe.serving.errors import EngineClosedError, QueueFullError, WorkerDiedError
 from jmoe.serving.metrics import Metrics
+from jmoe.serving.process_options import ProcessOptions
 from jmoe.serving.requests import FinishReason, RequestOutput, SamplingParams
 from jmoe.serving.server import Server
 from jmoe.serving.sizes import CellSizes
@@ -230,10 +231,9 @@ def created(monkeypatch):
     """Fake executors in place of real ones; the list of what was asked for."""
     calls = []
 
-    def create_executor(model, cell, kind, progress):
+    def create_executor(model, cell, kind, progress, programs, processes):
         executor = FakeExecutor(cell)
-        executor.compile = lambda keys, progress: calls.append(("compile", keys))
-        calls.append((model, cell, kind, executor))
+        calls.append((model, cell, kind, executor, programs, processes))
         progress("starting")
         return executor
 
@@ -247,20 +247,22 @@ def test_serve_resolves_everything(checkpoint, created):
     with jmoe.serve(checkpoint, MeshConfig(2, 2, 3), executor="inline", progress=lines.append) as server:
         assert server.generate([5], SamplingParams(max_tokens=3, ignore_eos=True)).num_output_tokens == 3
         assert server.name == checkpoint.name
-    model, cell, kind, executor = created[0]
+    model, cell, kind, executor, programs, processes = created[0]
     assert (model, kind) == (checkpoint, "inline")
     assert cell.mesh == MeshConfig(2, 2, 3).resolve(4)
     assert (cell.rows, cell.max_len, cell.page_len, cell.num_pages) == (4, 100, 16, 3 * 4 * 7 + 1)
     assert cell.model.eos_token_ids == (3, 2)  # config.json's and the tokenizer's
-    assert [(k.kind, k.sampling) for k in created[1][1]] == [("prefill", False), ("decode", False)]
-    assert executor.closed and "starting" in lines
+    assert [(k.kind, k.sampling) for k in programs] == [("prefill", False), ("decode", False)]
+    assert executor.closed and "starting" in lines and processes is None
 
 
 def test_serve_takes_sizes_by_name(checkpoint, created):
     options = {"rows": 2, "max_len": 32, "num_pages": 5, "dtype": "float32", "programs": "all"}
-    with jmoe.serve(checkpoint, **options) as server:
+    workers = ProcessOptions(per="device")
+    with jmoe.serve(checkpoint, processes=workers, **options) as server:
+        assert created[0][5] is workers
         assert (server.cell.rows, server.cell.max_len, server.cell.num_pages) == (2, 32, 5)
-        assert server.cell.model.dtype == "float32" and len(created[1][1]) == 4
+        assert server.cell.model.dtype == "float32" and len(created[0][4]) == 4
     with pytest.raises(ValueError, match="either sizes= or single ones"):
         jmoe.serve(checkpoint, sizes=CellSizes(), rows=2)
     with pytest.raises(ValueError, match="at most 100"):
@@ -271,21 +273,9 @@ def test_serve_takes_sizes_by_name(checkpoint, created):
         jmoe.serve(checkpoint, programs="some")
 
 
-def test_serve_closes_the_executor_when_compiling_fails(checkpoint, created, monkeypatch):
-    def fail(executor, keys, progress):
-        raise WorkerDiedError("worker 0 ended")
-
-    module = sys.modules["jmoe.serving.executors.create"]
-    plain = module.create_executor
-
-    def create_executor(*args):
-        executor = plain(*args)
-        executor.compile = lambda keys, progress: fail(executor, keys, progress)
-        return executor
-
-    module.create_executor = create_executor
-    with pytest.raises(WorkerDiedError):
-        jmoe.serve(checkpoint)
+def test_serve_closes_the_executor_when_the_engine_refuses(checkpoint, created):
+    with pytest.raises(ValueError, match="max_waiting"):
+        jmoe.serve(checkpoint, max_waiting=0)
     assert created[0][3].closed
 
 

@@ -1,5 +1,6 @@
 """A tiny cell on fake workers (no JAX), for the tests of processes and of faults."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ from jmoe.config import ModelConfig
 from jmoe.serving.deadlines import Deadlines
 from jmoe.serving.executors.processes import ProcessesExecutor
 from jmoe.serving.executors.protocol import ProgramKey
+from jmoe.serving.process_options import ProcessOptions
 from jmoe.sharding.mesh_config import MeshConfig
 
 FAKE_COMMAND = (sys.executable, "-P", str(pathlib.Path(__file__).with_name("fake_worker.py")))
@@ -29,8 +31,10 @@ def tiny_cell(attention: int = 2, expert: int = 3, **mesh) -> CellConfig:
 def fake_executor(monkeypatch, faults=None, cell=None, **options) -> ProcessesExecutor:
     """An executor over fake workers; `faults` is worker index -> command -> fault."""
     monkeypatch.setenv("FAKE_WORKER", json.dumps(faults or {}))
-    options = {"deadlines": PATIENT, "worker_command": FAKE_COMMAND} | options
-    return ProcessesExecutor(cell or tiny_cell(), "/some/checkpoint", **options)
+    named = {f.name for f in dataclasses.fields(ProcessOptions)}
+    processes = {"deadlines": PATIENT, "command": FAKE_COMMAND} | {k: v for k, v in options.items() if k in named}
+    rest = {name: value for name, value in options.items() if name not in named}
+    return ProcessesExecutor(cell or tiny_cell(), "/some/checkpoint", ProcessOptions(**processes), **rest)
 
 
 def is_alive(pid: int) -> bool:
