@@ -62,6 +62,8 @@ class ProcessesExecutor:
         try:
             report(f"starting {len(self._places)} workers")
             hellos = self._supervisor.start()
+            for place, hello in zip(self._places, hellos, strict=True):
+                report(f"{place.name}: process {hello['pid']}")
             self._supervisor.call("init", self._init_payloads(platform, hellos), self._deadlines.init_s)
             self._load(checkpoint, programs, report)
         except BaseException:

@@ -1,4 +1,6 @@
-"""A real JAX worker that puts its first device out of step before its third call; for the test of that fault alone."""
+"""A real JAX worker that puts its first device out of step before call $DRILL_CALL; for tests of that fault alone."""
+
+import os
 
 from jmoe.serving import worker
 from jmoe.serving.worker_jax import start_jax_runtime
@@ -12,7 +14,7 @@ class Drill:
 
     def run(self, key, inputs):
         self.calls += 1
-        if self.calls == 3 and self.role == "expert":
+        if self.calls == int(os.environ.get("DRILL_CALL", "3")) and self.role == "expert":
             self.inner.set_sequence(self.inner.cell.mesh.num_attention_devices, 12345)
         return self.inner.run(key, inputs)
 
