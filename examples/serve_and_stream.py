@@ -19,8 +19,9 @@ def main() -> None:
     model = sys.argv[1] if len(sys.argv) > 1 else ensure_demo_model(progress)
     mesh = jmoe.MeshConfig(attention=1, expert=2, num_micro_batches=2)
     with jmoe.serve(model, mesh, rows=1, num_steps=2, chunk_len=32, max_len=256, progress=print) as server:
-        capitals = ["The capital of France is", "The capital of Italy is"]
-        for prompt, completion in zip(capitals, server.generate(capitals, jmoe.SamplingParams(max_tokens=4)), strict=True):
+        prompts = ["The capital of France is", "The capital of Italy is"]
+        completions = server.generate(prompts, jmoe.SamplingParams(max_tokens=4))
+        for prompt, completion in zip(prompts, completions, strict=True):
             print(f"{prompt}{completion.text}")
 
         question = [{"role": "user", "content": "Name three colours."}]  # through the model's chat template

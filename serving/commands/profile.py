@@ -10,11 +10,11 @@ from jmoe.config import ModelConfig
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `jmoe profile` takes."""
     parser.add_argument("model", help="a folder with a Hugging Face config.json; weights are not needed")
-    parser.add_argument("--gpu", required=True, help="what the planner's hardware catalogue calls these GPUs, e.g. h200")
+    parser.add_argument("--gpu", required=True, help="the planner's name for these GPUs, e.g. h200")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("profile.json"))
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 64, 256], help="requests of one micro-batch")
     parser.add_argument("--context", type=int, nargs="+", default=[256, 1024, 4096], help="KV tokens of each request")
-    parser.add_argument("--local-experts", type=int, nargs="+", help="experts on one node (default: all, and a quarter)")
+    parser.add_argument("--local-experts", type=int, nargs="+", help="experts of one node (default all, and a quarter)")
     parser.add_argument("--layers", type=int, default=4, help="layers that are timed together")
 
 
