@@ -86,7 +86,7 @@ def measure_profile(
 
 
 def _expert_times(model: ModelConfig, grid: ProfileGrid, pairs: Sequence[int], progress) -> np.ndarray:
-    """[num_local_experts, pairs] seconds; with fewer local experts than k a token makes fewer pairs, so more are run."""
+    """[num_local_experts, pairs] seconds; with fewer local experts than k a token makes fewer pairs."""
     times = np.zeros((len(grid.num_local_experts), len(pairs)))
     for i, held in enumerate(grid.num_local_experts):
         chosen = min(model.num_experts_per_tok, held)
