@@ -16,6 +16,7 @@ from jmoe.sharding.message import HEADER_WORDS, MessageFormat
 from jmoe.sharding.rounds import Rounds, build_rounds
 
 SEQUENCE_MASK = 0x3FFFFFFF  # sequence numbers wrap here, far from int32's sign
+NO_SEQUENCE = -(2**31)  # what no header holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Exchange:
 
         Differentiable in `hidden` and `topk_weights`: the gradient of a dispatch is a combine, and the reverse. Thread
         `chain.order` through both roles' programs as a float input and output, and give its output a zero cotangent:
-        the backward exchanges then form a chain of their own.
+        the backward exchanges then form a chain that follows the forward one.
 
         Args:
           box: what this device sends.
@@ -174,15 +175,21 @@ def _swap_plain(exchange: Exchange, dispatch: bool, combine: bool, floats, ints)
 
 
 def _swap_forward(exchange, dispatch, combine, floats, ints):
-    return _swap_plain(exchange, dispatch, combine, floats, ints), tuple(a.shape for a in ints)
+    results = _swap_plain(exchange, dispatch, combine, floats, ints)
+    _, _, _, sequences = results[1]
+    return results, (sequences, tuple(a.shape for a in ints))
 
 
-def _swap_backward(exchange, dispatch, combine, int_shapes, cotangents):
+def _swap_backward(exchange, dispatch, combine, residuals, cotangents):
     """The permutation turned round: what arrived forward goes back, and its sender gets the gradient.
 
-    The order's cotangent is sent in the header and taken from what arrives, so backward exchanges chain as well.
+    The order's cotangent is sent in the header and taken from what arrives, so backward exchanges chain as well. The
+    numbers that arrived forward go in too: a role to which the last exchanges bring nothing would else drop them, or
+    begin with the backward ones while the other role still waits in the forward ones.
     """
     (hidden, topk_weights), _, order = cotangents
+    sequences, int_shapes = residuals
+    order = order + jnp.any(sequences == NO_SEQUENCE)  # adds 0, which XLA can't know
     form, rounds = exchange.format, exchange.rounds.num_rounds
     header = jax.lax.bitcast_convert_type(jnp.full((rounds, HEADER_WORDS), order, jnp.float32), jnp.uint32)
     parts = [header, form.pack_hidden(hidden)] + ([form.pack_weights(topk_weights)] if dispatch else [])
