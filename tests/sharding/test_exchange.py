@@ -1,12 +1,12 @@
 """The exchange on CPU devices: who gets what, the check of sequence numbers, and that no role loses an exchange."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from permutes import expected_permutes, permutes_of
 from small_models import AWKWARD
 
 from jmoe.cell_config import CellConfig
@@ -140,13 +140,6 @@ def test_hidden_sizes_that_slices_do_not_share_evenly_are_refused():
 # What XLA keeps: both roles' programs must hold the same permutes in the same order.
 
 
-def permutes_of(lowered: jax.stages.Lowered) -> list[str]:
-    """The (source, target) pairs of every permute, in the order in which the compiled program runs them."""
-    text = lowered.compile().as_text()
-    assert "is_scheduled=true" in text, "else the order of lines says nothing"
-    return re.findall(r"collective-permute(?:-start)?\(.*?source_target_pairs=(\{\{.*?\}\})", text)
-
-
 def one_role(exchange: Exchange, role: str, chained: bool = True) -> jax.stages.Lowered:
     """WALK: a program of one role that sends what it makes and drops what it does not need."""
 
@@ -168,15 +161,6 @@ def one_role(exchange: Exchange, role: str, chained: bool = True) -> jax.stages.
     hidden = jax.ShapeDtypeStruct((n, r, f.capacity, f.width), f.dtype)
     mesh = joint_mesh(exchange.mesh, jax.devices())
     return jax.jit(on_each_device(program, mesh)).lower(hidden, jax.ShapeDtypeStruct((n,), jnp.int32))
-
-
-def expected_permutes(exchange: Exchange, ways) -> list[str]:
-    found = []
-    for dispatch, combine in ways:
-        for pairs in exchange.rounds.pairs:
-            both = (list(pairs) if dispatch else []) + ([(e, a) for a, e in pairs] if combine else [])
-            found.append("{" + ",".join(f"{{{s},{t}}}" for s, t in both) + "}")
-    return found
 
 
 @pytest.mark.parametrize("name", ["1 and 1", "2 and 3", "3 and 2", "tensor 3 and 2"])
