@@ -79,14 +79,15 @@ def truncate(logits: jax.Array, rows: SamplingRows) -> jax.Array:
     """
     vocab = logits.shape[1]
     best = jnp.max(logits, axis=-1, keepdims=True)
-    logits = jnp.where(logits >= best + jnp.log(jnp.maximum(rows.min_p, 1e-38))[:, None], logits, MASKED)
+    logits = jnp.where(logits >= best + jnp.log(rows.min_p)[:, None], logits, MASKED)  # log 0 = -inf keeps all
     ordered = jnp.sort(logits, axis=-1, descending=True)
     top_k = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, vocab), vocab)
     rank = jnp.arange(vocab, dtype=jnp.int32)
     ordered = jnp.where(rank < top_k[:, None], ordered, MASKED)
     probs = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs  # probability of everything more likely
-    kept = ((before < rows.top_p[:, None]) | (rank == 0)) & (ordered > MASKED)
+    top_p = jnp.where(rows.top_p < 1, rows.top_p, jnp.inf)[:, None]  # the sum rounds up to 1 long before the last token
+    kept = ((before < top_p) | (rank == 0)) & (ordered > MASKED)
     least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, MASKED)
 
