@@ -26,7 +26,7 @@ import numpy as np
 
 import jmoe
 from jmoe.serving.errors import SequenceMismatchError
-from jmoe.serving.executors.protocol import ProgramKey
+from jmoe.serving.executors.protocol import ProgramKey, compiling_line
 from jmoe.serving.wire import Channel, WireError, handshake
 from jmoe.serving.worker_start import TOKEN_VARIABLE, split_address
 
@@ -205,6 +205,8 @@ def _execute(runtime: Runtime | None, command: dict[str, Any], channel: Channel)
         pool = ThreadPoolExecutor(1, "compile")
         compiling = pool.submit(runtime.compile, *keys)
         runtime.load(command["path"], progress)  # what is wrong with a checkpoint is told without the compiler's wait
+        for key in keys:
+            progress(compiling_line(key))
         compiling.result()
         pool.shutdown()
         return None

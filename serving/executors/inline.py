@@ -45,11 +45,11 @@ class InlineExecutor:
         runtime = CellRuntime(cell, devices, "inline")
         self._runtime: CellRuntime | None = runtime
         source = model if isinstance(model, (str, os.PathLike)) else ArraySource(*model.arrays_by_path())
-        for key in programs:
-            progress(compiling_line(key))
         with ThreadPoolExecutor(1, "jmoe-compile") as pool:  # also after a bad checkpoint: a compiler can't be stopped
             compiling = pool.submit(runtime.compile, *programs)
             runtime.load(source, progress)
+            for key in programs:  # told now: it is what is waited for from here on
+                progress(compiling_line(key))
             compiling.result()
 
     def compile(self, keys: Sequence[ProgramKey], progress: Callable[[str], None]) -> None:

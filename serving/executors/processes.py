@@ -84,8 +84,6 @@ class ProcessesExecutor:
             path = str(checkpoint) if is_random else str(pathlib.Path(checkpoint).absolute())
             keys = list(dict.fromkeys(programs))
             limit_s = self._deadlines.load_s + self._deadlines.compile_s * len(keys)
-            for key in keys:
-                report(compiling_line(key))
             self._supervisor.call("load", self._same({"path": path, "keys": [list(k) for k in keys]}), limit_s, report)
             self._compiled |= set(keys)
 

@@ -152,8 +152,9 @@ def test_a_failed_call_ends_every_request_with_a_typed_error(start_engine, error
         assert client.tokens == want[: len(client.tokens)]
     # Calls go p d p d: what the calls before the failed one made was handed out, and nothing of that one.
     assert sum(len(client.tokens) for client in clients) == {0: 0, 1: 1, 3: 1 + 4 + 1}[fail_at]
-    with pytest.raises(CellFailedError, match=str(error)):
+    with pytest.raises(CellFailedError, match=str(error)) as refused:
         engine.submit([1], GREEDY, Client())
+    assert type(refused.value) is type(failure) and refused.value.__cause__ is failure
     assert not engine.drain(1)
     engine.close()
     assert engine.failure is failure and len(heard) == 1
