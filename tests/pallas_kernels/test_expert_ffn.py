@@ -1,6 +1,7 @@
 """expert_ffn, every implementation against a float64 loop: any pattern of empty groups, stray ids, stray NaNs."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jmoe.pallas_kernels.expert_ffn import expert_ffn
 
 NUM_EXPERTS = 8
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["xla", "reference"])
-TOLERANCE = {"float32": {"rtol": 2e-5, "atol": 2e-6}, "bfloat16": {"rtol": 2e-2, "atol": 2e-2}}
+TOLERANCE: dict[str, Any] = {"float32": {"rtol": 2e-5, "atol": 2e-6}, "bfloat16": {"rtol": 2e-2, "atol": 2e-2}}
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from jmoe.pallas_kernels.paged_attention import paged_attention, write_pages
 
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["xla", "reference"])
-TOLERANCE = {"float32": {"rtol": 1e-5, "atol": 2e-6}, "bfloat16": {"rtol": 2e-2, "atol": 2e-2}}
+TOLERANCE: dict[str, Any] = {"float32": {"rtol": 1e-5, "atol": 2e-6}, "bfloat16": {"rtol": 2e-2, "atol": 2e-2}}
 GROUPS = ((3, 3), (4, 2), (9, 3), (4, 1), (5, 1), (12, 2), (7, 1), (8, 1))
 LENGTHS = (1, 3, 4, 5, 8, 9, 13, 16)  # tokens before and with this call's: page boundaries of 4 and both sides of them
 
