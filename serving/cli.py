@@ -27,6 +27,7 @@ _COMMANDS = {
   jmoe serve ./Qwen3-30B-A3B --attention 2 --expert 6 --micro-batches 4
   jmoe serve ./Mixtral-8x7B --attention-tensor 2 --expert 2 --expert-tensor 2 --rows 64
   jmoe serve ./Mixtral-8x7B --plan plan.json                what `jmoe plan` decided
+  jmoe serve ./model --executor processes --worker hostA:7000 --worker hostB:7000 --token-file secret
   jmoe serve ./model --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
 
 The server speaks jmoe.v1, grpc.health.v1 and reflection. SIGTERM drains it: running requests get --grace-s seconds.

@@ -7,6 +7,7 @@ import secrets
 from typing import Literal
 
 from jmoe.serving.deadlines import Deadlines
+from jmoe.serving.wire import MIN_TOKEN_LEN
 from jmoe.serving.worker_process import DEFAULT_COMMAND
 from jmoe.serving.worker_start import TOKEN_VARIABLE, WorkerStart, split_address
 
@@ -43,7 +44,11 @@ class ProcessOptions:
             split_address(address)
 
     def start(self) -> WorkerStart:
-        """What brings the workers up, with the token that they share."""
-        fresh = os.environ.get(TOKEN_VARIABLE, "") if self.addresses else secrets.token_hex(32)
-        log_dir = pathlib.Path(self.log_dir) if self.log_dir else None
-        return WorkerStart(self.token or fresh, self.command, log_dir)
+        """What brings the workers up, with the token that they share; ValueError without a token for listening ones."""
+        token = self.token or (os.environ.get(TOKEN_VARIABLE, "") if self.addresses else secrets.token_hex(32))
+        if len(token) < MIN_TOKEN_LEN:
+            raise ValueError(
+                f"worker token: expected at least {MIN_TOKEN_LEN} characters, given or in ${TOKEN_VARIABLE}, for "
+                f"workers at addresses, got {len(token)}"
+            )
+        return WorkerStart(token, self.command, pathlib.Path(self.log_dir) if self.log_dir else None)

@@ -53,7 +53,8 @@ def process_options(args: argparse.Namespace) -> ProcessOptions | None:
 
 def _read_token(path: str) -> str:
     with pathlib.Path(path).open("rb") as file:
-        token = file.read(_MAX_TOKEN_BYTES + 1)
-    if not 0 < len(token.strip()) <= _MAX_TOKEN_BYTES:
-        raise ValueError(f"--token-file: expected 1 to {_MAX_TOKEN_BYTES} bytes, got none or more")
-    return token.decode().strip()
+        token = file.read(_MAX_TOKEN_BYTES + 1).strip()
+    if not 0 < len(token) <= _MAX_TOKEN_BYTES:
+        got = "none" if not token else "more"
+        raise ValueError(f"--token-file: expected 1 to {_MAX_TOKEN_BYTES} bytes, got {got}")
+    return token.decode()

@@ -17,8 +17,10 @@ from tiny_tokenizer import CHAT_TEMPLATE, byte_level_backend
 
 import jmoe
 from jmoe.serving.cli import main
+from jmoe.serving.deadlines import Deadlines
 from jmoe.serving.errors import WorkerDiedError
 from jmoe.serving.grpc_client import Client
+from jmoe.serving.process_options import ProcessOptions
 from jmoe.serving.progress import Progress
 from jmoe.serving.requests import SamplingParams
 from jmoe.serving.text.tokenizer import Tokenizer
@@ -115,6 +117,10 @@ def test_without_a_command_it_teaches(capsys):
         (["serve", "m", "--port", "70000"], "port: expected 0 to 65535"),
         (["serve", "m", "--tls-cert", "c"], "expected both a certificate and a key"),
         (["serve", "m", "--plan", "p", "--expert", "2"], "no other option of the meshes beside it, got expert"),
+        (["serve", "m", "--worker", "b"], "worker address: expected HOST:PORT, got 'b'"),
+        (["serve", "m", "--step-deadline-s", "0"], "step_s: expected more than 0 seconds, got 0.0"),
+        (["generate", "m", "p", "--heartbeat-deadline-s", "1"], "expected at least 2 seconds for heartbeat_s"),
+        (["generate", "m", "p", "--token-file", os.devnull], "--token-file: expected 1 to 4096 bytes, got none"),
         (["generate", "prompt"], "expected MODEL PROMPT, got 1 words"),
         (["generate", "--address", "h:1", "m", "prompt"], "expected PROMPT beside --address, got 2 words"),
         (["generate", "m", "p", "--temperature", "-1"], "temperature: expected"),
@@ -185,6 +191,25 @@ def test_generate_chat_from_stdin(checkpoint, created, capsys, monkeypatch):
     assert main(["generate", str(checkpoint), "-", "--chat", "--max-tokens", "5", "--ignore-eos"]) == 0
     ids = Tokenizer.from_dir(checkpoint).encode_chat([{"role": "user", "content": "fox"}])
     assert capsys.readouterr().out == answer(ids, created[0][1], 5) + "\n"
+
+
+def test_options_of_worker_processes(checkpoint, created, monkeypatch, tmp_path):
+    asked = []
+
+    def create_executor(model, cell, kind, progress, programs, processes):
+        asked.append((kind, processes))
+        return FakeExecutor(cell)
+
+    monkeypatch.setattr(sys.modules["jmoe.serving.executors.create"], "create_executor", create_executor)
+    words = ["generate", str(checkpoint), "fox", "--max-tokens", "1", "--executor", "processes"]
+    assert main(words) == 0
+    (tmp_path / "token").write_text("a secret of this cell\n")
+    words += ["--processes-per", "device", "--worker", "a:1", "--worker", "[::1]:2", "--log-dir", str(tmp_path)]
+    words += ["--step-deadline-s", "3", "--heartbeat-deadline-s", "4.5", "--load-deadline-s", "5"]
+    assert main([*words, "--compile-deadline-s", "6", "--token-file", str(tmp_path / "token")]) == 0
+    deadlines = Deadlines(step_s=3, heartbeat_s=4.5, load_s=5, compile_s=6)
+    options = ProcessOptions("device", ("a:1", "[::1]:2"), "a secret of this cell", deadlines, str(tmp_path))
+    assert asked == [("processes", None), ("processes", options)]
 
 
 def test_placement_file(checkpoint, created, tmp_path, capsys):

@@ -171,11 +171,14 @@ def test_bad_deadlines_are_named(options, sentence):
         Deadlines(**options)
 
 
-def test_bad_process_options_are_named():
+def test_bad_process_options_are_named(monkeypatch):
     with pytest.raises(ValueError, match="processes_per: expected 'role' or 'device', got 'node'"):
         ProcessOptions(per="node")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="worker address: expected HOST:PORT, got 'b'"):
         ProcessOptions(addresses=("a:1", "b"))
+    monkeypatch.delenv("JMOE_WORKER_TOKEN", raising=False)
+    with pytest.raises(ValueError, match=r"at least 16 characters, given or in \$JMOE_WORKER_TOKEN, .* got 0"):
+        ProcessOptions(addresses=("a:1",)).start()
     assert "hidden" not in repr(ProcessOptions(token="hidden"))
 
 
