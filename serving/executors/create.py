@@ -56,9 +56,7 @@ def create_executor(
     if kind == "processes":
         from jmoe.serving.executors.processes import ProcessesExecutor
 
-        return ProcessesExecutor(
-            cell, model, processes, platform=platform, programs=programs, progress=progress
-        )
+        return ProcessesExecutor(cell, model, processes, platform=platform, programs=programs, progress=progress)
     from jmoe.serving.executors.inline import InlineExecutor
 
     return InlineExecutor(cell, model, platform=platform, programs=programs, progress=progress)
