@@ -33,6 +33,8 @@ notes = "not a GPU"
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory, tiny_checkpoint):
+    for name in ("pandas", "pyarrow"):
+        pytest.importorskip(name, reason="the `planner` extra is not installed")
     folder = tmp_path_factory.mktemp("plan")
     (folder / "gpus.toml").write_text("".join(HARDWARE.format(name=name) for name in ("small", "tiny")))
     words = ["plan", "--model", str(tiny_checkpoint), "--gpus", "small:2,tiny:2", "--prompt-len", "20"]
