@@ -18,11 +18,11 @@ def progress(fraction: float | None, message: str) -> None:
 def main() -> None:
     model = sys.argv[1] if len(sys.argv) > 1 else ensure_demo_model(progress)
     mesh = jmoe.MeshConfig(attention=1, expert=2, num_micro_batches=2)
-    with jmoe.serve(model, mesh, rows=1, num_steps=2, chunk_len=32, max_len=256, progress=print) as server:
+    with jmoe.serve(model, mesh, rows=1, num_steps=4, chunk_len=32, max_len=512, progress=print) as server:
         prompts = ["The capital of France is", "The capital of Italy is"]
         completions = server.generate(prompts, jmoe.SamplingParams(max_tokens=4))
         for prompt, completion in zip(prompts, completions, strict=True):
-            print(f"{prompt}{completion.text}")
+            print(f"{prompt}{completion.text}".strip())
 
         question = [{"role": "user", "content": "Name three colours."}]  # through the model's chat template
         with server.stream(question, jmoe.SamplingParams(max_tokens=24)) as outputs:
