@@ -10,12 +10,13 @@ from jmoe.cell_config import CellConfig
 from jmoe.models.attention import AttentionHalf
 from jmoe.models.experts import ExpertHalf
 from jmoe.models.model import take_from
-from jmoe.role_programs import AttentionRole, BothRoles, ExpertRole, Lane, OneRole, Work, walk
+from jmoe.role_programs import AttentionRole, ExpertRole, Lane
 from jmoe.rows import Rows
 from jmoe.sampling import TokenCounts, sample, token_logprobs
 from jmoe.schedule import build_schedule
 from jmoe.sharding.exchange import Chain, Exchange
 from jmoe.step_inputs import StepLayout
+from jmoe.walk import BothRoles, OneRole, Work, walk
 
 Role = Literal["attention", "expert", "inline"]
 

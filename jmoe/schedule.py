@@ -1,6 +1,6 @@
 """The ping-pong schedule as data: what each role computes in each tick, and what the exchange carries. No JAX.
 
-Three readers use it and none has a copy: the program builder (`jmoe.role_programs`), the planner's simulator, which
+Three readers use it and none has a copy: the program builder (`jmoe.walk`), the planner's simulator, which
 puts times on it, and the timeline plot, which draws it.
 """
 
