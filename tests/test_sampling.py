@@ -227,6 +227,11 @@ def test_chunks_count_prompt_and_output_apart():
     assert said_by(counts, slot=1) == (set(), {})
 
 
+def test_a_short_chunk_within_the_prompt_counts_its_own_tokens_alone():
+    counts = chunk(TokenCounts.zeros(1, 9), [1, 2, 3], 0, 2, 8, reset=1)
+    assert said_by(counts) == ({1, 2}, {})
+
+
 def test_a_chunk_across_the_end_of_the_prompt():
     counts = chunk(TokenCounts.zeros(1, 9), [1, 2, 3, 1], 2, 4, 4, reset=1)
     assert said_by(counts) == ({1, 2}, {3: 1, 1: 1})

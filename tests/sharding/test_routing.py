@@ -151,6 +151,11 @@ def test_partial_sums_find_their_tokens(placement, seed):
     np.testing.assert_allclose(sums_of(partials, routes.position), want, rtol=1e-5, atol=1e-6)
 
 
+def test_a_node_that_was_sent_nothing_says_nothing():
+    partials = np.stack([np.ones((3, 2), np.float32), np.full((3, 2), np.nan, np.float32)])
+    assert sums_of(partials, np.array([[0, 1, 2], [-1, -1, -1]], np.int32)).tolist() == [[1, 1]] * 3
+
+
 def test_partial_sums_are_added_node_by_node_in_float32():
     """In another order, or in bfloat16, these come out as something else."""
     partials = np.array([[[1e8]], [[-1e8]], [[1.5]]], np.float32)
