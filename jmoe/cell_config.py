@@ -42,6 +42,11 @@ class CellConfig:
                 raise ValueError(f"CellConfig.{name}: expected at least 1, got {value}")
         if self.mesh.placement is None or "auto" in (self.mesh.directions, self.mesh.transport):
             raise ValueError("CellConfig.mesh: expected a resolved MeshConfig, got one with 'auto'; call .resolve()")
+        if not 0 <= self.num_top_logprobs <= self.model.vocab_size:
+            raise ValueError(
+                f"CellConfig.num_top_logprobs: expected 0 to {self.model.vocab_size} (the vocabulary), "
+                f"got {self.num_top_logprobs}"
+            )
         if self.max_len > self.model.max_position:
             raise ValueError(
                 f"CellConfig.max_len: expected at most {self.model.max_position} (the model's), got {self.max_len}"

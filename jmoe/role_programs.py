@@ -98,9 +98,7 @@ class AttentionRole:
         q, k, v = module.project(grid, rows.positions)
         place = (rows.page_table, rows.start_pos, rows.num_tokens)
         k_pages, v_pages = write_pages(kv[0], k, *place), write_pages(kv[1], v, *place)
-        heads = paged_attention(
-            q, k_pages, v_pages, rows.page_table, rows.start_pos, sliding_window=self.cell.model.sliding_window
-        )
+        heads = paged_attention(q, k_pages, v_pages, *place, sliding_window=self.cell.model.sliding_window)
         return x + module.output(heads, self.tensor).reshape(x.shape), (k_pages, v_pages)
 
     def _dispatch(self, h: jax.Array, routes: Routes) -> Box:

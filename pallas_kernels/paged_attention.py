@@ -45,6 +45,7 @@ def paged_attention(
     v_pages: jax.Array,
     page_table: jax.Array,
     start_pos: jax.Array,
+    num_tokens: jax.Array | None = None,
     *,
     sliding_window: int | None = None,
     implementation: Implementation | None = None,
@@ -59,6 +60,8 @@ def paged_attention(
       k_pages, v_pages: `[P, page_len, G, H]`, Q a multiple of G.
       page_table: `[rows, max_pages]` int32.
       start_pos: `[rows]` int32.
+      num_tokens: `[rows]` int32, valid new tokens; None for all of the chunk. What stands behind them in the pages is
+        another request's and is not even multiplied by zero: its NaN would come through.
       sliding_window: positions a token may see, or None for all.
       implementation: "xla" (gathers each row's pages), "reference" (float32, one softmax a head), None for the best.
 
@@ -74,13 +77,13 @@ def paged_attention(
             f"got {q.shape}, {k_pages.shape} and {v_pages.shape}"
         )
     if implementation == "reference":
-        return _reference(q, k_pages, v_pages, page_table, start_pos, sliding_window)
+        return _reference(q, k_pages, v_pages, page_table, start_pos, num_tokens, sliding_window)
     if implementation not in (None, "xla"):
         raise ValueError(f"paged_attention: expected implementation 'xla', 'reference' or None, got {implementation!r}")
     rows, chunk, num_heads, head_dim = q.shape
     num_kv_heads = k_pages.shape[2]
     k = _rows_of(k_pages, page_table)  # [rows, S, G, H]
-    v = _rows_of(v_pages, page_table)
+    v = _written(_rows_of(v_pages, page_table), start_pos + (chunk if num_tokens is None else num_tokens))
     grouped = q.reshape(rows, chunk, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = jnp.einsum("rcgqh,rsgh->rgqcs", grouped, k, preferred_element_type=jnp.float32) * head_dim**-0.5
     visible = _visible(start_pos, chunk, k.shape[1], sliding_window)[:, None, None]
@@ -95,6 +98,12 @@ def _rows_of(pages: jax.Array, page_table: jax.Array) -> jax.Array:
     return gathered.reshape(page_table.shape[0], -1, *pages.shape[2:])
 
 
+def _written(values: jax.Array, length: jax.Array) -> jax.Array:
+    """Zeros behind each row's own tokens."""
+    own = jnp.arange(values.shape[1], dtype=jnp.int32) < length[:, None]
+    return jnp.where(own[:, :, None, None], values, 0)
+
+
 def _visible(start_pos: jax.Array, chunk: int, length: int, sliding_window: int | None) -> jax.Array:
     """[rows, chunk, length] bool: which cached positions each new token sees."""
     query = (start_pos[:, None] + jnp.arange(chunk, dtype=jnp.int32))[:, :, None]
@@ -103,10 +112,11 @@ def _visible(start_pos: jax.Array, chunk: int, length: int, sliding_window: int 
     return visible if sliding_window is None else visible & (key > query - sliding_window)
 
 
-def _reference(q, k_pages, v_pages, page_table, start_pos, sliding_window):
+def _reference(q, k_pages, v_pages, page_table, start_pos, num_tokens, sliding_window):
     """Float32 throughout, one query head at a time."""
     group = q.shape[2] // k_pages.shape[2]
     k, v = (_rows_of(p, page_table).astype(jnp.float32) for p in (k_pages, v_pages))
+    v = _written(v, start_pos + (q.shape[1] if num_tokens is None else num_tokens))
     visible = _visible(start_pos, q.shape[1], k.shape[1], sliding_window)
     heads = []
     for head in range(q.shape[2]):

@@ -148,6 +148,25 @@ def test_idle_rows_stay_finite_and_disturb_nobody(implementation):
 
 
 @IMPLEMENTATIONS
+def test_what_others_left_in_the_pages_is_not_heard_even_as_nan(implementation):
+    """Cells behind a row's own tokens hold NaN, also those that an unfilled chunk would have written."""
+    batch = batch_of(LENGTHS, chunk=4)
+    num_tokens = np.array(
+        [len(keys) - start for keys, start in zip(batch.keys, batch.start_pos, strict=True)], np.int32
+    )
+    q, k_pages, v_pages, page_table, start_pos = batch.arguments()
+    poisoned = np.full(batch.v_pages.shape, np.nan, np.float32)
+    for row, values in enumerate(batch.values):
+        for position, value in enumerate(values):
+            poisoned[batch.page_table[row, position // 4], position % 4] = value
+    arguments = (page_table, start_pos, jnp.asarray(num_tokens))
+    clean = paged_attention(q, k_pages, v_pages, *arguments, implementation=implementation)
+    got = paged_attention(q, k_pages, jnp.asarray(poisoned), *arguments, implementation=implementation)
+    for row, count in enumerate(num_tokens):
+        np.testing.assert_array_equal(got[row, :count], clean[row, :count])
+
+
+@IMPLEMENTATIONS
 def test_a_row_does_not_hear_other_rows_pages(implementation):
     batch = batch_of((5, 9, 14))
     loud = dataclasses.replace(batch, k_pages=batch.k_pages.copy(), v_pages=batch.v_pages.copy())
