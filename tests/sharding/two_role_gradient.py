@@ -37,7 +37,8 @@ class Problem:
 
     @classmethod
     def of(cls, mesh: MeshConfig) -> "Problem":
-        cell = CellConfig(CONFIG, mesh.resolve(CONFIG.num_experts), max_len=16, num_pages=20)
+        mesh = mesh.resolve(CONFIG.num_experts)
+        cell = CellConfig(CONFIG, mesh, max_len=16, num_pages=20, num_top_logprobs=4)
         exchange = Exchange.of(cell.mesh, CONFIG.hidden_size, TOKENS, CHOICES, "float32")
         rng = np.random.default_rng(0)
         replicas = cell.mesh.attention
