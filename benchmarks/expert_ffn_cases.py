@@ -1,4 +1,4 @@
-"""The expert FFN benchmark's cases: shapes, routings drawn from a seed, inputs on the device, floor, float64 truth.
+"""The expert FFN benchmark's cases: shapes, routings drawn from a seed, inputs on the device, floor, float64 truth."""
 
 import dataclasses
 
