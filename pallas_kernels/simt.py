@@ -179,7 +179,7 @@ def warp_same(word: Word, lane: Word) -> tuple[Word, Word]:
     """How many lanes before this one hold the same word, and how many in all."""
     # PTX, as nvvm.match_sync loses its kind on the way to the compiler. 0.10.2's inline_asm can't say `convergent`;
     # there the side effect alone keeps it in place.
-    convergent = {"convergent": True} if hasattr(llvm.InlineAsmOp, "convergent") else {}
+    convergent: dict[str, Any] = {"convergent": True} if hasattr(llvm.InlineAsmOp, "convergent") else {}
     text, operands = "match.any.sync.b32 $0, $1, 0xffffffff;", [word.value]
     mask = Word(llvm.inline_asm(i32(), operands, text, "=r,r", has_side_effects=True, **convergent))
     before = mask & (Word(arith.shli(raw(1), lane.value)) - 1)
