@@ -23,7 +23,7 @@ def device_kind(name: str | None = None) -> str:
     if name is None:
         if jax.default_backend() != "gpu":
             return DEFAULT_KIND
-        name = jax.devices()[0].device_kind
+        name = str(jax.devices()[0].device_kind)
     found = re.search(r"\b([a-z]{1,2}\d{1,4}[a-z]*)\b", name.lower())
     return found.group(1) if found else name.lower()
 
@@ -50,7 +50,7 @@ def find_blocks(
     """
     kinds = _load(table)
     own = device_kind(kind)
-    for name in (own, ALIKE.get(own)):
+    for name in (own, ALIKE.get(own, own)):
         entry = kinds.get(name, {}).get(_op_key(op, dtype), {}).get(bucket(shape))
         if entry is not None:
             return dict(entry["blocks"])
