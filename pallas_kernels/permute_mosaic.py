@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels import simt
+from jmoe.pallas_kernels import simt_floats as floats
 from jmoe.pallas_kernels.permute_many_mosaic import permute_many
 from jmoe.pallas_kernels.simt import BLOCK_THREADS, WARP, Pointer, Word
 
@@ -86,16 +87,16 @@ def _combine(k: int, width: int, lanes: int, blocks: int, dtype: Any, weighted: 
         index = simt.thread() + simt.block() % blocks * BLOCK_THREADS
         with simt.when(index < width // lanes):
             places = [positions.load(row * k + j) for j in range(k)]
-            shares = [weights[0].load_float(row * k + j) for j in range(k)] if weighted else []
+            shares = [floats.Float.load(weights[0], row * k + j) for j in range(k)] if weighted else []
             terms = []
             for place in places:
                 source = rows.skip((place < 0).select(0, place), width * jnp.dtype(dtype).itemsize)
-                terms.append(simt.Floats.of(source.load_vector(index, lanes, simt.element_type(dtype))))
-            total = simt.Floats.zeros(lanes)
+                terms.append(floats.Floats.of(source.load_vector(index, lanes, simt.element_type(dtype))))
+            total = floats.Floats.zeros(lanes)
             for j, term in enumerate(terms):
                 heard = places[j] >= 0
                 if weighted:
-                    term, heard = term.times(shares[j]), heard & simt.is_not_zero(shares[j])
+                    term, heard = term.times(shares[j]), heard & shares[j].is_not_zero()
                 total = total + term.where(heard)
             target = out.skip(row, width * 4)
             for i, four in enumerate(total.fours()):
