@@ -103,8 +103,9 @@ class Pointer:
         kind = ir.VectorType.get((length,), element)
         return llvm.load(kind, self.at(index, kind), alignment=16)
 
-    def store_vector(self, index: Any, value: Any) -> None:
-        llvm.store(value, self.at(index, value.type), alignment=16)
+    def store_vector(self, index: Any, value: Any, num_bytes: int = 16) -> None:
+        """An MLIR vector of `num_bytes` at vector number `index`."""
+        llvm.store(value, self.at(index, value.type), alignment=num_bytes)
 
     def add(self, index: Any, word: Any) -> None:
         """Atomically; the sum doesn't depend on the order, as these are integers."""

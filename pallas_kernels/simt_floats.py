@@ -41,8 +41,8 @@ class Float:
     def times(self, factor: float) -> "Float":
         return Float(arith.mulf(self.value, _constant(factor)))
 
-    def maximum(self, other: "Float | float") -> "Float":
-        return Float(arith.maximumf(self.value, _constant(other) if isinstance(other, float) else other.value))
+    def maximum(self, other: "float | Float") -> "Float":
+        return Float(arith.maximumf(self.value, other.value if isinstance(other, Float) else _constant(other)))
 
     def exp(self) -> "Float":
         """By the hardware's 2^x, within 2 units in the last place."""

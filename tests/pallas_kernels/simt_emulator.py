@@ -114,7 +114,8 @@ class Pointer:
     def load_vector(self, index, length, element):
         return self.read(index, element, length)
 
-    def store_vector(self, index, value):
+    def store_vector(self, index, value, num_bytes=16):
+        assert value.nbytes == THREADS * num_bytes
         self.write(index, value)
 
     def add(self, index, word):
