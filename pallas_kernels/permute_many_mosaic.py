@@ -5,6 +5,7 @@ of 128 pairs, in a run the lanes. Each row is read once and written k times.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ BATCH = 16  # counts that a thread has asked for at a time
 
 def permute_many(
     rows: jax.Array, local_idx: jax.Array, num_experts: int, align: int, padded: int, row: Row
-) -> tuple[jax.Array | None, ...]:
+) -> tuple[Any, ...]:
     """The fields of `Permuted`; see `permute`."""
     num_rows, k = local_idx.shape
     pairs = num_rows * k
