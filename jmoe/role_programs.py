@@ -98,7 +98,10 @@ class AttentionRole:
         q, k, v = module.project(grid, rows.positions)
         place = (rows.page_table, rows.start_pos, rows.num_tokens)
         k_pages, v_pages = write_pages(kv[0], k, *place), write_pages(kv[1], v, *place)
-        heads = paged_attention(q, k_pages, v_pages, *place, sliding_window=self.cell.model.sliding_window)
+        heads = paged_attention(
+            q, k_pages, v_pages, *place,
+            sliding_window=self.cell.model.sliding_window, implementation=self.cell.implementation,
+        )  # fmt: skip
         return x + module.output(heads, self.tensor).reshape(x.shape), (k_pages, v_pages)
 
     def _dispatch(self, h: jax.Array, routes: Routes) -> Box:
@@ -152,7 +155,8 @@ class ExpertRole:
         topk_weights = rows_at(inbox.topk_weights, first)
         rows = jnp.where(valid.reshape(-1, 1), rows, 0)
         flat = (local_idx.reshape(len(rows), -1), topk_weights.reshape(len(rows), -1))
-        sums = self.tensor.sum(self.half.layers[stage.layer](rows, *flat)).astype(f.dtype)
+        sums = self.half.layers[stage.layer](rows, *flat, self.cell.implementation)
+        sums = self.tensor.sum(sums).astype(f.dtype)
         slices = sums.reshape(self.cell.mesh.attention, f.capacity, rounds.num_slices, f.width)
         peer, slice_idx = rows_at(jnp.asarray(rounds.peer), device), rows_at(jnp.asarray(rounds.slice_idx), device)
         replica = jnp.maximum(peer, 0)
