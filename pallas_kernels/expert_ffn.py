@@ -14,7 +14,7 @@ from jmoe.pallas_kernels.grouped_matmul import gated_grouped_matmul, grouped_mat
 from jmoe.pallas_kernels.permute import permute, unpermute
 
 Implementation = Literal["xla", "pallas", "reference"]
-ALIGN = 8  # rows that a group's start is a multiple of
+ALIGN = 8  # rows that a group starts at a multiple of: TMA takes tiles of 8, and stores of whole tiles need no mask
 
 
 def expert_ffn(
