@@ -21,6 +21,7 @@ LAYOUT = plgpu.Layout.WGMMA
 TURNED = plgpu.Layout.WGMMA_TRANSPOSED  # pairs along M: what is stored by rows
 BY_ROW = LAYOUT.reduce(0)
 NUM_SMS = 132
+UNIT = 8  # rows of one tile in shared memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +105,21 @@ def grouped(
     num_experts, num_in, num_out = values[0].shape[0], rows.shape[1], values[0].shape[1 if small else 2]
     if blocks is None:
         blocks = choose_blocks(rows.shape[0], num_experts, num_out, len(weights), small)
+    num_rows = -(-rows.shape[0] // UNIT) * UNIT
     shape = Product(
-        rows.shape[0], num_in, num_out, num_experts, len(weights), small, jnp.dtype(out_dtype), blocks, num_sms,
-        interpret,
-    )  # fmt: skip
+        num_rows, num_in, num_out, num_experts, len(weights), small, jnp.dtype(out_dtype), blocks, num_sms, interpret
+    )
     _check_blocks(shape)
     pad = [None] * (2 - len(weights))
     scales = [*scales, None, None][:2]
-    return _kernel(shape)(rows, *values, *pad, group_sizes, group_starts, row_weights, rows_scales, *scales)
+    missing = num_rows - rows.shape[0]
+    if missing:  # rare: what `permute` pads, and tokens times k, are whole tiles
+        rows, row_weights, rows_scales = (
+            None if x is None else jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1)))
+            for x in (rows, row_weights, rows_scales)
+        )
+    operands = (rows, *values, *pad, group_sizes, group_starts, row_weights, rows_scales, *scales)
+    return _kernel(shape)(*operands)[: rows.shape[0] - missing]
 
 
 def _check_blocks(shape: Product) -> None:
@@ -189,21 +197,25 @@ def _body(shape: Product):
                 return before
             return starts_g[e] if shape.interpret else words_s[role, 1, e]
 
-        def blocks_of(e):
-            return lax.div(size_of(e) + (b.block_rows - 1), i32(b.block_rows))
+        def skipped_of(e, before):
+            """Rows before the group in its first block: TMA takes tiles of 8 rows, and would fill zeros in."""
+            return lax.rem(start_of(e, before), i32(UNIT))
+
+        def blocks_of(e, before):
+            span = jnp.where(size_of(e) > 0, size_of(e) + skipped_of(e, before), 0)
+            return lax.div(span + (b.block_rows - 1), i32(b.block_rows))
 
         def advance(item, e, base, before):
             """The expert whose items hold `item`: base is its first, before the rows of all earlier experts."""
 
             def passes(state):
-                e, base, _ = state
-                return (e < shape.num_experts) & (
-                    item >= base + blocks_of(jnp.minimum(e, shape.num_experts - 1)) * tiles_out
-                )
+                e, base, before = state
+                here = jnp.minimum(e, shape.num_experts - 1)
+                return (e < shape.num_experts) & (item >= base + blocks_of(here, before) * tiles_out)
 
             def step(state):
                 e, base, before = state
-                return e + 1, base + blocks_of(e) * tiles_out, before + size_of(e)
+                return e + 1, base + blocks_of(e, before) * tiles_out, before + size_of(e)
 
             return lax.while_loop(passes, step, (e, base, before))
 
@@ -212,12 +224,15 @@ def _body(shape: Product):
 
             def step(state):
                 item, e, base, before, first_step = state
-                num_blocks = blocks_of(e)
+                num_blocks = blocks_of(e, before)
                 tile, row_block = lax.div(item - base, num_blocks), lax.rem(item - base, num_blocks)
-                begin = row_block * b.block_rows
-                want = start_of(e, before) + begin
-                first = jnp.minimum(want, shape.rows - b.block_rows)  # no block reaches behind the last row
-                visit(e, tile, first, want - first, jnp.minimum(size_of(e) - begin, b.block_rows), first_step)
+                others = skipped_of(e, before)  # in the first block
+                begin = start_of(e, before) - others + row_block * b.block_rows
+                skipped = jnp.where(row_block == 0, others, 0)
+                end = jnp.minimum(size_of(e) + others - row_block * b.block_rows, b.block_rows)
+                first = jnp.minimum(begin, shape.rows - b.block_rows)  # no block reaches behind the last row
+                first = pl.multiple_of(first, UNIT)
+                visit(e, tile, first, begin - first + skipped, end - skipped, first_step)
                 item = item + shape.num_sms
                 return item, *advance(item, e, base, before), first_step + steps
 
