@@ -73,10 +73,13 @@ def choose_blocks(rows: int, num_experts: int, num_out: int, parts: int, small: 
     average = rows / num_experts
     wanted = average + 3 * average**0.5
     block_rows = min([n for n in (8, 16, 32, 48, 64, 96, 128) if n >= wanted] or [128])
-    block_rows = min(block_rows, rows // 8 * 8)
-    largest = 256 // parts
-    block_out, consumers = next((o, c) for o, c in ((256, 2), (128, 2), (64, 1)) if o <= largest and num_out % o == 0)
-    return GroupedBlocks(block_rows, block_out, 128 if small else 64, None, consumers)
+    if small and block_rows > 64:  # above, a second sum a product doesn't fit the registers
+        block_rows = 64
+    block_rows = min(block_rows, -(-rows // UNIT) * UNIT)
+    largest = 128 if parts == 2 or block_rows < 64 else 256  # a short sum's blocks of 256 start slowly
+    fitting = [(o, c) for o, c in ((256, 2), (128, 2), (64, 1)) if o <= largest and num_out % o == 0]
+    block_out, consumers = fitting[0]
+    return GroupedBlocks(block_rows, block_out, SCALED if small else 64, None, consumers)
 
 
 def grouped(
