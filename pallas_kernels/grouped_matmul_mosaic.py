@@ -21,6 +21,7 @@ LAYOUT = plgpu.Layout.WGMMA
 TURNED = plgpu.Layout.WGMMA_TRANSPOSED  # pairs along M: what is stored by rows
 BY_ROW = LAYOUT.reduce(0)
 NUM_SMS = 132
+accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 UNIT = 8  # rows of one tile in shared memory
 
 
@@ -122,7 +123,7 @@ def grouped(
             for x in (rows, row_weights, rows_scales)
         )
     operands = (rows, *values, *pad, group_sizes, group_starts, row_weights, rows_scales, *scales)
-    return _kernel(shape)(*operands)[: rows.shape[0] - missing]
+    return _kernel(shape)(*operands)[: num_rows - missing]
 
 
 def _check_blocks(shape: Product) -> None:
@@ -296,9 +297,9 @@ def _body(shape: Product):
                             plgpu.barrier_arrive(free.at[lax.rem(first_step + k - 1, i32(stages))])
 
                     lax.fori_loop(0, steps, step, None)
-                    return tuple(acc[...] for acc in accs)
+                    return tuple(acc[...] for acc in accs)  # pyright: ignore[reportCallIssue]
 
-                found = pl.run_scoped(sums, *[plgpu.ACC((share, b.block_rows), jnp.float32)] * parts)
+                found = pl.run_scoped(sums, *[accumulator((share, b.block_rows), jnp.float32)] * parts)
                 plgpu.barrier_arrive(free.at[lax.rem(first_step + steps - 1, i32(stages))])
                 return found
 
@@ -325,7 +326,7 @@ def _body(shape: Product):
                             plgpu.wgmma(acc, weights_s.at[slot, part, pl.ds(own * share, share)], rows_s.at[slot].T)
                             return acc[...]
 
-                        found = pl.run_scoped(product, plgpu.ACC((share, b.block_rows), jnp.float32))
+                        found = pl.run_scoped(product, accumulator((share, b.block_rows), jnp.float32))
                         factor = lax.broadcast_in_dim(by_row * scales[part], (share, b.block_rows), (1,))
                         new.append(sums[part] + found * factor)
                     plgpu.barrier_arrive(free.at[slot])

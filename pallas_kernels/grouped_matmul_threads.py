@@ -32,7 +32,7 @@ def copy_words(num_words: int, *refs: Any) -> None:
     simt.program(copy, *refs)
 
 
-def load_by_row(source: Any, num_rows: int, first: jax.Array, column: jax.Array) -> jax.Array:
+def load_by_row(source: Any, num_rows: int, first: jax.Array, column: jax.Array) -> Any:
     """source[first : first + num_rows, column] as a factor of a product's columns: `[num_rows]` in WGMMA.reduce(0).
 
     A word at a time: Mosaic's own load takes two, and `first` may be odd and the words apart.
