@@ -297,9 +297,9 @@ def _body(shape: Product):
                             plgpu.barrier_arrive(free.at[lax.rem(first_step + k - 1, i32(stages))])
 
                     lax.fori_loop(0, steps, step, None)
-                    return tuple(acc[...] for acc in accs)  # pyright: ignore[reportCallIssue]
+                    return tuple(acc[...] for acc in accs)
 
-                found = pl.run_scoped(sums, *[accumulator((share, b.block_rows), jnp.float32)] * parts)
+                found = pl.run_scoped(sums, *[accumulator((share, b.block_rows), jnp.float32)] * parts)  # pyright: ignore[reportCallIssue]
                 plgpu.barrier_arrive(free.at[lax.rem(first_step + steps - 1, i32(stages))])
                 return found
 
