@@ -308,7 +308,7 @@ def _body(shape: Product):
                     return load_by_row(source, b.block_rows, first, i32(column))
                 cells = source.at[pl.ds(first, b.block_rows)]
                 cells = cells if len(source.shape) == 1 else cells.at[:, column]
-                return plgpu.load(cells, layout=BY_ROW, optimized=False)
+                return plgpu.load(cells, layout=BY_ROW, optimized=False)  # pyright: ignore[reportCallIssue]
 
             def scaled_products(e, tile, first, first_step):
                 """The same; every 128 terms are summed by themselves and scaled: wgmma's float8 sums keep few bits."""
