@@ -23,7 +23,7 @@ from jmoe.step_inputs import StepLayout
 
 
 class CellRuntime:
-    """Holds one role's share of a cell, or with role "inline" both roles on the devices of one process.
+    """Holds one role's share of a cell, or with roles "inline" and "colocated" both on the devices of this process.
 
     Args:
       cell: sizes; its mesh gives the order of `devices`.

@@ -42,7 +42,7 @@ class InlineExecutor:
         from jmoe.cell_runtime import CellRuntime
         from jmoe.device_params import ArraySource
 
-        runtime = CellRuntime(cell, devices, "inline")
+        runtime = CellRuntime(cell, devices, "colocated" if cell.mesh.colocated else "inline")
         self._runtime: CellRuntime | None = runtime
         source = model if isinstance(model, (str, os.PathLike)) else ArraySource(*model.arrays_by_path())
         with ThreadPoolExecutor(1, "jmoe-compile") as pool:  # also after a bad checkpoint: a compiler can't be stopped
