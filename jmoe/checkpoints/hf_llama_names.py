@@ -72,7 +72,9 @@ def fused_expert_map(c: ModelConfig) -> ExpertMap:
                 for e in range(experts)
             )
         pieces[f"layers.{j}.down_proj"] = tuple(
-            Piece(fused_name(layer, "down_proj"), (experts, hidden, ffn), ((), (hidden,), (ffn,)), (1, 0), (e, 0, 0))
+            Piece(
+                fused_name(layer, "down_proj"), (experts, hidden, ffn), ((), (hidden,), (ffn,)), (1, 0), (e, 0, 0)
+            )
             for e in range(experts)
         )
     return pieces
