@@ -1,6 +1,8 @@
 """The colocated pass: both roles on every device, layer by layer, with no other mesh to wait for."""
 
-from jmoe.role_programs import AttentionRole, ExpertRole, Lane, Pages
+from collections.abc import Callable
+
+from jmoe.role_programs import AttentionRole, Chosen, ExpertRole, Lane, Pages
 from jmoe.rows import Rows
 from jmoe.schedule import Stage
 from jmoe.sharding.shared_devices import SharedDevices
@@ -11,12 +13,24 @@ class Colocated:
 
     Micro-batches go through a layer one after the other. On one device one is enough; on several a second lets XLA run
     a collective of one beside the compute of the other.
+
+    Args:
+      attention, expert: this device's roles.
+      devices: how rows move between them.
+      watch: gets what the router chose, layer by layer and micro-batch by micro-batch, while the pass is traced.
     """
 
-    def __init__(self, attention: AttentionRole, expert: ExpertRole, devices: SharedDevices):
+    def __init__(
+        self,
+        attention: AttentionRole,
+        expert: ExpertRole,
+        devices: SharedDevices,
+        watch: Callable[[Chosen], None] = lambda _: None,
+    ):
         self.attention = attention
         self.expert = expert
         self.devices = devices
+        self._watch = watch
 
     def walk(self, rows: list[Rows], pages: Pages) -> tuple[list[Lane], Pages]:
         """One pass of every micro-batch.
@@ -42,6 +56,7 @@ class Colocated:
         pages[layers.start : layers.stop] = kv
         if chosen is None:
             return Lane(x, None)
+        self._watch(chosen)
         sent = self.devices.dispatch(*chosen, rows.valid.reshape(-1), rows.positions.reshape(-1))
         sums = self.devices.combine(self.expert.partial_sums(stage.layer, *sent), x.dtype)
         return Lane(x + sums.astype(x.dtype), None)

@@ -112,7 +112,7 @@ class AttentionRole:
         chosen, new_pages = None, []
         for layer, kv in zip(self.layers_of(stage), pages, strict=True):
             module = self.half.layers[layer]
-            x, kv = self._attend(module, x, kv, rows)
+            x, kv = self.attend(module, x, kv, rows)
             new_pages.append(kv)
             h = module.ffn_input(x)
             if module.is_dense:
@@ -126,7 +126,7 @@ class AttentionRole:
         x = lane.x.reshape(*rows.token_ids.shape, -1)
         return jnp.take_along_axis(x, rows.last[:, None, None], axis=1)[:, 0]
 
-    def _attend(self, module, x: jax.Array, kv: tuple[jax.Array, jax.Array], rows: Rows):
+    def attend(self, module, x: jax.Array, kv: tuple[jax.Array, jax.Array], rows: Rows):
         """One layer's attention with its residual; the new keys and values go to their pages first."""
         grid = x.reshape(*rows.token_ids.shape, -1)
         q, k, v = module.project(grid, rows.positions)

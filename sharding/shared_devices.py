@@ -1,8 +1,8 @@
 """SharedDevices: how rows reach their experts where both roles stand on the same devices, and how sums come back.
 
 One device keeps its rows: nothing moves and nothing is padded. Several replicas gather their rows on every device (one
-hidden slice a tensor rank), each device adds up what its own experts make of them, and an all-to-all hands every replica
-its tokens' partial sums. Both collectives run over the joint axis, are dropless, and move rows that a device does not
+hidden slice a tensor rank), each device adds up what its own experts make of them, and an all-to-all hands every
+replica its tokens' partial sums. Both collectives run over the joint axis, are dropless, and move rows that a device does not
 need: all of them to all devices, against the share 1 - (1 - 1/N)^k that uniform routing needs.
 """
 

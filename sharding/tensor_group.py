@@ -53,9 +53,7 @@ class TensorGroup:
         """
         if self.size == 1:
             return x[None]
-        if len(self.groups) * self.size == sum(
-            len(group) for group in self.groups
-        ):  # colocated: no other role's devices
+        if all(len(group) == self.size for group in self.groups):  # colocated: no devices of another role
             return jax.lax.all_gather(x, AXIS, axis_index_groups=[list(g) for g in self.groups])
         slots = jnp.zeros((self.size, *x.shape), x.dtype)
         return self.sum(jax.lax.dynamic_update_index_in_dim(slots, x, self.rank(), 0))
