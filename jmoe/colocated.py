@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import jax
+
 from jmoe.role_programs import AttentionRole, Chosen, ExpertRole, Lane, Pages
 from jmoe.rows import Rows
 from jmoe.schedule import Stage
@@ -53,6 +55,10 @@ class Colocated:
         """One layer of one micro-batch; its pages are put back into `pages`."""
         layers = self.attention.layers_of(stage)
         x, kv, chosen = self.attention.layers(stage, lane.x, [pages[layer] for layer in layers], rows)
+        if self.attention.cell.mesh.num_micro_batches > 1:
+            # The next micro-batch writes into the same pages: were that scheduled before this one's reads, XLA would
+            # copy the cache.
+            x, kv, chosen = jax.lax.optimization_barrier((x, kv, chosen))
         pages[layers.start : layers.stop] = kv
         if chosen is None:
             return Lane(x, None)
