@@ -78,12 +78,14 @@ class Setting:
 def measure_jax(setting: Setting, name: str, function: Callable, weights: tuple[Any, ...]) -> Result:
     """A traceable FFN: twice the same call for its bits, then its time."""
     calls = [(i.rows, i.local_idx, i.topk_weights, *weights) for i in setting.inputs]
+    start = time.perf_counter()
     compiled = jax.jit(function).lower(*calls[0]).compile()
+    compile_s = time.perf_counter() - start
     outs = [np.asarray(compiled(*calls[0])) for _ in range(2)]
     start = time.perf_counter()
     jax.block_until_ready(compiled(*calls[1]))
     slow = time.perf_counter() - start > 0.02
-    few, many = (2, 4) if slow else (4, 24)
+    few, many = (2, 4) if slow else (2, 8) if compile_s > 5 else (4, 24)
     seconds = seconds_per_call(function, calls, few=few, many=many, repeats=3 if slow else 7, around=setting.around)
     return setting.result(name, seconds, None, outs)
 
@@ -157,7 +159,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = lambda text: text.split(",")  # noqa: E731
+    names = lambda text: [name for name in text.split(",") if name]  # noqa: E731
     parser.add_argument("--models", type=names, default=[m for m in MODELS if m != "tiny"])
     parser.add_argument("--tokens", type=lambda text: [int(t) for t in text.split(",")], default=[16, 128, 512, 4096])
     parser.add_argument("--dtypes", type=names, default=["bf16", "fp8"])

@@ -56,12 +56,15 @@ def graph_seconds(torch: Any, thunks: Sequence[Callable[[], Any]], around=None, 
 class TorchPeers:
     """Tensors shared with jax (no copy but the gate and up weights joined, as torch wants them)."""
 
+    inputs: list[tuple[Any, Any, Any, np.ndarray]]
+
     def __init__(self, torch: Any, inputs: list[Inputs], weights: tuple[jax.Array, ...]):
         self.torch = torch
         gate, up, self.down = (torch.from_dlpack(w) for w in weights)
         self.gate_up = torch.cat([gate, up], dim=2)
         self.experts = torch.arange(len(gate), device="cuda", dtype=torch.int32)
-        self.inputs = [(*map(torch.from_dlpack, (i.rows, i.local_idx, i.topk_weights)), i.host_idx) for i in inputs]
+        take = torch.from_dlpack
+        self.inputs = [(take(i.rows), take(i.local_idx), take(i.topk_weights), i.host_idx) for i in inputs]
 
     def permute(self, rows, idx):
         flat = idx.reshape(-1)
@@ -168,7 +171,7 @@ class TorchScaledPeers(TorchPeers):
         return {"torch._scaled_grouped_mm": (whole, [self.grouped_products(*i) for i in self.inputs])}
 
 
-def _jax_ffn(product: Callable, rows, local_idx, topk_weights, gate, up, down):
+def _jax_ffn(product: Callable[..., Any], rows, local_idx, topk_weights, gate, up, down):
     """argsort, `product` thrice, and a sum in the rows' own order."""
     k, flat = local_idx.shape[1], local_idx.reshape(-1)
     order = jnp.argsort(flat, stable=True)

@@ -109,7 +109,7 @@ def _place(pairs: int, blocks: int, num_experts: int, align: int) -> Callable[..
         first = simt.block() * BLOCK_PAIRS + warp * RUN + lane
         places = [first + step * WARP for step in range(RUN // WARP)]
         experts = [(place < pairs).select(ids.load((place < pairs).select(place, 0)), -1) for place in places]
-        before = totals.skip(Word(simt.raw(1)), num_experts * 4)
+        before = totals.skip(simt.word(1), num_experts * 4)
         mine = next_.skip(warp, num_experts * 4)
 
         def add_up(expert):
@@ -137,7 +137,7 @@ def _place(pairs: int, blocks: int, num_experts: int, align: int) -> Callable[..
 
 def _column(counts: Pointer, expert: Word, blocks: int, num_experts: int) -> tuple[Word, Word]:
     """The sum of counts[:, expert], and of the blocks before this one."""
-    total = earlier = Word(simt.raw(0))
+    total = earlier = simt.word(0)
     for start in range(0, blocks, BATCH):
         numbers = range(start, min(start + BATCH, blocks))
         for number, found in [(n, counts.load(expert + n * num_experts)) for n in numbers]:

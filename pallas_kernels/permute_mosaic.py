@@ -177,7 +177,7 @@ def _sum_below(counts: Pointer, expert: Word, lane: Word, align: int) -> Word:
     def add(index, total):
         return [total + _padded(counts.load(index), align)]
 
-    [total] = simt.loop(lane, expert, WARP, [Word(simt.raw(0))], add)
+    [total] = simt.loop(lane, expert, WARP, [simt.word(0)], add)
     return simt.warp_sum(total)
 
 
@@ -190,7 +190,7 @@ def _rank(ids: Pointer, pair: Word, expert: Word, lane: Word) -> Word:
             total = total + (word.equals(expert) & (index * 4 + i < pair)).count()
         return [total]
 
-    [total] = simt.loop(lane, (pair + 3) // 4, WARP, [Word(simt.raw(0))], add)
+    [total] = simt.loop(lane, (pair + 3) // 4, WARP, [simt.word(0)], add)
     return simt.warp_sum(total)
 
 

@@ -126,6 +126,11 @@ def raw(value: Any) -> Any:
     return arith.constant(i32(), value) if isinstance(value, int) else value
 
 
+def word(value: int) -> Word:
+    """A constant."""
+    return Word(raw(value))
+
+
 def thread() -> Word:
     """This thread's number in its block."""
     return Word(mosaic.thread_idx())
