@@ -6,6 +6,7 @@ only be called inside one. Works on jax 0.10.2 and 0.11.2.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -106,9 +107,15 @@ class Pointer:
     def store_vector(self, index: Any, value: Any) -> None:
         llvm.store(value, self.at(index, value.type), alignment=16)
 
-    def load_float(self, index: Any) -> Any:
+    def load_float(self, index: Any, element: Any = None) -> "Float":
+        """A float32, or a shorter float as one."""
         f32 = ir.F32Type.get()
-        return llvm.load(f32, self.at(index, f32), alignment=4)
+        kind = f32 if element is None else element
+        found = llvm.load(kind, self.at(index, kind))
+        return Float(found if kind == f32 else arith.extf(f32, found))
+
+    def store_float(self, index: Any, value: "Float") -> None:
+        llvm.store(value.value, self.at(index, value.value.type), alignment=4)
 
     def add(self, index: Any, word: Any) -> None:
         """Atomically; the sum doesn't depend on the order, as these are integers."""
@@ -171,6 +178,23 @@ def warp_sum(word: Word) -> Word:
     return Word(nvvm.redux_sync(word.value, nvvm.ReductionKind.ADD, mosaic.c(FULL_MASK, i32())))
 
 
+def warp_largest(word: Word) -> Word:
+    """The largest over the warp, signed."""
+    return Word(nvvm.redux_sync(word.value, nvvm.ReductionKind.MAX, mosaic.c(FULL_MASK, i32())))
+
+
+def warp_smallest(word: Word) -> Word:
+    """The smallest over the warp, signed."""
+    return Word(nvvm.redux_sync(word.value, nvvm.ReductionKind.MIN, mosaic.c(FULL_MASK, i32())))
+
+
+def warp_reduce(value: "Float", combine: Callable[["Float", "Float"], "Float"]) -> "Float":
+    """Over the warp, in each lane, by halves: the same order of additions every time."""
+    for distance in (16, 8, 4, 2, 1):
+        value = combine(value, Float(mosaic.shfl_bfly(value.value, distance)))
+    return value
+
+
 def warp_sum_before(word: Word, lane: Word) -> Word:
     """The sum over the lanes before this one."""
     total = word
@@ -201,6 +225,38 @@ def words_of(value: Any) -> list[Word]:
     return [Word(vector.extract(value, dynamic_position=[], static_position=[i])) for i in range(length)]
 
 
+class Float:
+    """A float32 of one thread."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __add__(self, other):
+        return Float(arith.addf(self.value, other.value))
+
+    def __sub__(self, other):
+        return Float(arith.subf(self.value, other.value))
+
+    def __truediv__(self, other):
+        return Float(arith.divf(self.value, other.value))
+
+    def maximum(self, other):
+        return Float(arith.maximumf(self.value, other.value))
+
+    def exp(self):
+        """By the hardware's 2^x, within 2 units in the last place."""
+        scaled = arith.mulf(self.value, arith.constant(ir.F32Type.get(), math.log2(math.e)))
+        return Float(llvm.inline_asm(ir.F32Type.get(), [scaled], "ex2.approx.ftz.f32 $0, $1;", "=f,f"))
+
+    def bits(self) -> Word:
+        """As a word; of floats that aren't negative, in their order."""
+        return Word(arith.bitcast(i32(), self.value))
+
+    @classmethod
+    def of_bits(cls, word: Word) -> "Float":
+        return cls(arith.bitcast(ir.F32Type.get(), word.value))
+
+
 class Floats:
     """A vector of float32 of one thread."""
 
@@ -223,9 +279,8 @@ class Floats:
     def __add__(self, other: "Floats") -> "Floats":
         return Floats(arith.addf(self.value, other.value))
 
-    def times(self, factor: Any) -> "Floats":
-        """Each by one f32."""
-        return Floats(arith.mulf(self.value, vector.broadcast(self.value.type, factor)))
+    def times(self, factor: "Float") -> "Floats":
+        return Floats(arith.mulf(self.value, vector.broadcast(self.value.type, factor.value)))
 
     def where(self, condition: Word) -> "Floats":
         """Zeros where this bit isn't set."""
@@ -238,9 +293,9 @@ class Floats:
         return [vector.extract_strided_slice(four, self.value, [i], [4], [1]) for i in range(0, length, 4)]
 
 
-def is_not_zero(value: Any) -> Word:
-    """Whether an f32 isn't 0; NaN isn't."""
-    return Word(arith.cmpf(arith.CmpFPredicate.UNE, value, arith.constant(ir.F32Type.get(), 0.0)))
+def is_not_zero(value: Float) -> Word:
+    """Whether it isn't 0; NaN isn't."""
+    return Word(arith.cmpf(arith.CmpFPredicate.UNE, value.value, arith.constant(ir.F32Type.get(), 0.0)))
 
 
 def element_type(dtype: Any) -> Any:

@@ -116,13 +116,43 @@ class Pointer:
     def store_vector(self, index, value):
         self.write(index, value)
 
-    def load_float(self, index):
-        return self.read(index, np.float32)[:, 0]
+    def load_float(self, index, element=None):
+        return Float(self.read(index, np.float32 if element is None else element)[:, 0].astype(np.float32))
+
+    def store_float(self, index, value):
+        self.write(index, value.value)
 
     def add(self, index, word):
         words = self.memory.view(np.int32)
         at = self.places(index, 4, MACHINE.mask)[:, 0] // 4
         np.add.at(words, at, lanes(word)[MACHINE.mask].astype(np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Float:
+    value: np.ndarray  # [threads] float32
+
+    def __add__(self, other):
+        return Float(self.value + other.value)
+
+    def __sub__(self, other):
+        return Float(self.value - other.value)
+
+    def __truediv__(self, other):
+        return Float(self.value / other.value)
+
+    def maximum(self, other):
+        return Float(np.maximum(self.value, other.value))
+
+    def exp(self):
+        return Float(np.exp(self.value))
+
+    def bits(self):
+        return Word(self.value.view(np.int32))
+
+    @classmethod
+    def of_bits(cls, word):
+        return cls(np.ascontiguousarray(lanes(word)).view(np.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +171,7 @@ class Floats:
         return Floats(self.value + other.value)
 
     def times(self, factor):
-        return Floats(self.value * factor[:, None])
+        return Floats(self.value * factor.value[:, None])
 
     def where(self, condition):
         return Floats(np.where(lanes(condition)[:, None], self.value, np.float32(0)))
@@ -178,6 +208,20 @@ def by_warp(word):
 
 def warp_sum(word):
     return Word(np.repeat(by_warp(word).sum(1), simt.WARP).astype(np.int32))
+
+
+def warp_largest(word):
+    return Word(np.repeat(by_warp(word).max(1), simt.WARP).astype(np.int32))
+
+
+def warp_smallest(word):
+    return Word(np.repeat(by_warp(word).min(1), simt.WARP).astype(np.int32))
+
+
+def warp_reduce(value, combine):
+    for distance in (16, 8, 4, 2, 1):
+        value = combine(value, Float(value.value[np.arange(THREADS) ^ distance]))
+    return value
 
 
 def warp_sum_before(word, lane):
@@ -218,7 +262,10 @@ def kernel(body, *, out_type, scratch_types=(), grid, **_names):
 
 def install(monkeypatch) -> None:
     """Puts this in the place of `simt`'s own."""
-    for name in ("Word", "Pointer", "Floats", "when", "loop", "warp_sum", "warp_sum_before", "warp_same", "barrier"):
+    for name in (
+        "Word", "Pointer", "Float", "Floats", "when", "loop", "barrier",
+        "warp_sum", "warp_sum_before", "warp_same", "warp_largest", "warp_smallest", "warp_reduce",
+    ):  # fmt: skip
         monkeypatch.setattr(simt, name, globals()[name])
     monkeypatch.setattr(plgpu, "kernel", kernel)
     monkeypatch.setattr(simt, "program", lambda program, launch: launch(program))
@@ -230,4 +277,4 @@ def install(monkeypatch) -> None:
     monkeypatch.setattr(simt, "block", lambda: Word(np.full(THREADS, MACHINE.block, np.int32)))
     monkeypatch.setattr(simt, "warp_barrier", lambda: None)
     monkeypatch.setattr(simt, "words_of", lambda value: [Word(column) for column in value.T])
-    monkeypatch.setattr(simt, "is_not_zero", lambda value: Word(value != 0))
+    monkeypatch.setattr(simt, "is_not_zero", lambda number: Word(number.value != 0))
