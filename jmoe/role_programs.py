@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jmoe.cell_config import CellConfig
 from jmoe.models.attention import AttentionHalf
 from jmoe.models.experts import ExpertHalf
-from jmoe.pallas_kernels.paged_attention import paged_attention, write_pages
+from jmoe.pallas_kernels.paged_attention import paged_attention
+from jmoe.pallas_kernels.place_heads import place_heads
 from jmoe.rows import Rows
 from jmoe.schedule import Stage
 from jmoe.sharding.exchange import Box, Exchange
@@ -129,9 +130,11 @@ class AttentionRole:
     def attend(self, module, x: jax.Array, kv: tuple[jax.Array, jax.Array], rows: Rows):
         """One layer's attention with its residual; the new keys and values go to their pages first."""
         grid = x.reshape(*rows.token_ids.shape, -1)
-        q, k, v = module.project(grid, rows.positions)
         place = (rows.page_table, rows.start_pos, rows.num_tokens)
-        k_pages, v_pages = write_pages(kv[0], k, *place), write_pages(kv[1], v, *place)
+        q, k_pages, v_pages = place_heads(
+            *module.heads(grid), *module.head_scales(), *kv, *place,
+            theta=self.cell.model.rope_theta, eps=self.cell.model.norm_eps,
+        )  # fmt: skip
         heads = paged_attention(q, k_pages, v_pages, *place, sliding_window=self.cell.model.sliding_window)
         return x + module.output(heads, self.tensor).reshape(x.shape), (k_pages, v_pages)
 

@@ -114,8 +114,11 @@ class Pointer:
         found = llvm.load(kind, self.at(index, kind))
         return Float(found if kind == f32 else arith.extf(f32, found))
 
-    def store_float(self, index: Any, value: "Float") -> None:
-        llvm.store(value.value, self.at(index, value.value.type), alignment=4)
+    def store_float(self, index: Any, value: "Float", element: Any = None) -> None:
+        """As a float32, or rounded to a shorter float."""
+        kind = ir.F32Type.get() if element is None else element
+        word = value.value if kind == ir.F32Type.get() else arith.truncf(kind, value.value)
+        llvm.store(word, self.at(index, kind))
 
     def add(self, index: Any, word: Any) -> None:
         """Atomically; the sum doesn't depend on the order, as these are integers."""
@@ -237,6 +240,9 @@ class Float:
     def __sub__(self, other):
         return Float(arith.subf(self.value, other.value))
 
+    def __mul__(self, other):
+        return Float(arith.mulf(self.value, other.value))
+
     def __truediv__(self, other):
         return Float(arith.divf(self.value, other.value))
 
@@ -248,6 +254,16 @@ class Float:
         scaled = arith.mulf(self.value, arith.constant(ir.F32Type.get(), math.log2(math.e)))
         return Float(llvm.inline_asm(ir.F32Type.get(), [scaled], "ex2.approx.ftz.f32 $0, $1;", "=f,f"))
 
+    def rsqrt(self):
+        """1 / sqrt(x), correctly rounded root and quotient."""
+        root = llvm.inline_asm(ir.F32Type.get(), [self.value], "sqrt.rn.f32 $0, $1;", "=f,f")
+        return Float(arith.divf(arith.constant(ir.F32Type.get(), 1.0), root))
+
+    def rounded(self, element: Any) -> "Float":
+        """To a shorter float's values."""
+        f32 = ir.F32Type.get()
+        return self if element == f32 else Float(arith.extf(f32, arith.truncf(element, self.value)))
+
     def bits(self) -> Word:
         """As a word; of floats that aren't negative, in their order."""
         return Word(arith.bitcast(i32(), self.value))
@@ -255,6 +271,11 @@ class Float:
     @classmethod
     def of_bits(cls, word: Word) -> "Float":
         return cls(arith.bitcast(ir.F32Type.get(), word.value))
+
+
+def number(value: float) -> Float:
+    """A constant."""
+    return Float(arith.constant(ir.F32Type.get(), value))
 
 
 class Floats:

@@ -48,7 +48,20 @@ class AttentionLayer(nnx.Module):
             self.router = make(path + "router", ArraySpec((c.hidden_size, c.num_experts), (None, None), c.hidden_size))
 
     def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Norm, projections, QK-norm, clamp and rotary: x `[..., D]` -> q `[..., Q, H]`, k and v `[..., G, H]`."""
+        """Norm, projections, clamp, QK-norm and rotary: x `[..., D]` -> q `[..., Q, H]`, k and v `[..., G, H]`."""
+        c = self.config
+        q, k, v = self.heads(x)
+        if c.qk_norm:
+            q = normalize(q, self.q_norm[...], "rms", c.norm_eps)
+            k = normalize(k, self.k_norm[...], "rms", c.norm_eps)
+        return rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta), v
+
+    def head_scales(self) -> tuple[jax.Array | None, jax.Array | None]:
+        """Scales of the norms over each query and key head; None where there are none."""
+        return (self.q_norm[...], self.k_norm[...]) if self.config.qk_norm else (None, None)
+
+    def heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`project` without QK-norm and rotary, which `place_heads` does beside the write to the pages."""
         c = self.config
         x = normalize(x, self.input_norm[...], c.norm, c.norm_eps)
         q, k, v = (jnp.einsum("...d,dnh->...nh", x, w[...]) for w in (self.q_proj, self.k_proj, self.v_proj))
@@ -56,10 +69,7 @@ class AttentionLayer(nnx.Module):
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         if c.clip_qkv is not None:
             q, k, v = (jnp.clip(a, -c.clip_qkv, c.clip_qkv) for a in (q, k, v))
-        if c.qk_norm:
-            q = normalize(q, self.q_norm[...], "rms", c.norm_eps)
-            k = normalize(k, self.k_norm[...], "rms", c.norm_eps)
-        return rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta), v
+        return q, k, v
 
     def output(self, heads: jax.Array, tensor: TensorGroup) -> jax.Array:
         """Output projection `[..., Q, H]` -> `[..., D]`, summed over the tensor ranks."""

@@ -119,8 +119,8 @@ class Pointer:
     def load_float(self, index, element=None):
         return Float(self.read(index, np.float32 if element is None else element)[:, 0].astype(np.float32))
 
-    def store_float(self, index, value):
-        self.write(index, value.value)
+    def store_float(self, index, value, element=None):
+        self.write(index, value.value.astype(np.float32 if element is None else element))
 
     def add(self, index, word):
         words = self.memory.view(np.int32)
@@ -137,6 +137,15 @@ class Float:
 
     def __sub__(self, other):
         return Float(self.value - other.value)
+
+    def __mul__(self, other):
+        return Float(self.value * other.value)
+
+    def rsqrt(self):
+        return Float(np.float32(1) / np.sqrt(self.value))
+
+    def rounded(self, element):
+        return Float(self.value.astype(element).astype(np.float32))
 
     def __truediv__(self, other):
         return Float(self.value / other.value)
@@ -269,6 +278,7 @@ def install(monkeypatch) -> None:
         monkeypatch.setattr(simt, name, globals()[name])
     monkeypatch.setattr(plgpu, "kernel", kernel)
     monkeypatch.setattr(simt, "program", lambda program, launch: launch(program))
+    monkeypatch.setattr(simt, "number", lambda value: Float(np.full(THREADS, value, np.float32)))
     monkeypatch.setattr(simt, "word", lambda value: Word(lanes(value)))
     monkeypatch.setattr(simt, "i32", lambda: np.dtype(np.int32))
     monkeypatch.setattr(simt, "element_type", np.dtype)
