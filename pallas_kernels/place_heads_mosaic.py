@@ -25,7 +25,8 @@ def place_heads_pallas(
     # References, so that the kernel writes into the pages that it is given: as plain results they would be copied.
     k_ref, v_ref = jax.new_ref(k_pages), jax.new_ref(v_pages)
     placed = _kernel(q.shape, k.shape[2], q.dtype, q_scale is not None, k_scale is not None, eps)(
-        *(a.reshape(rows, -1, head_dim) for a in (q, k, v)),
+        # One array: XLA makes one product of the three projections, and this takes all of it as it is.
+        jnp.concatenate([a.reshape(rows, -1, head_dim) for a in (q, k, v)], axis=1),
         *(scale for scale in (q_scale, k_scale) if scale is not None),
         cos, sin, cells.reshape(-1), k_ref, v_ref,
     )  # fmt: skip
@@ -52,15 +53,16 @@ def _program(
     """Warp w takes head w % (Q + 2 G) of row w // (Q + 2 G): queries, then keys, then values."""
     all_heads, row_bytes = heads + 2 * kv_heads, head_dim * jnp.dtype(dtype).itemsize
 
-    def program(q: Pointer, k: Pointer, v: Pointer, *rest: Pointer):
+    def program(projected: Pointer, *rest: Pointer):
         *scales, cos, sin, cells, k_pages, v_pages, out = rest
         q_scale = scales.pop(0) if q_norm else None
         k_scale = scales.pop(0) if k_norm else None
         lane, element = simt.thread() % WARP, simt.element_type(dtype)
         index = simt.block() * WARPS + simt.warp()
         row, head = index // all_heads, index % all_heads
+        source = projected.skip(index, row_bytes)
 
-        def place(source: Pointer, target: Pointer, scale: Pointer | None, turns: bool) -> None:
+        def place(target: Pointer, scale: Pointer | None, turns: bool) -> None:
             columns = [lane + start for start in range(0, head_dim // 2, WARP)]
             columns += [column + head_dim // 2 for column in columns]
             values = [source.load_float(column, element) for column in columns]
@@ -73,15 +75,13 @@ def _program(
 
         with simt.when(index < rows * all_heads):
             with simt.when(head < heads):
-                at = row * heads + head
-                place(q.skip(at, row_bytes), out.skip(at, row_bytes), q_scale, True)
-            for first, source, pages, scale, turns in (
-                (heads, k, k_pages, k_scale, True),
-                (heads + kv_heads, v, v_pages, None, False),
+                place(out.skip(row * heads + head, row_bytes), q_scale, True)
+            for first, pages, scale, turns in (
+                (heads, k_pages, k_scale, True),
+                (heads + kv_heads, v_pages, None, False),
             ):
                 with simt.when((head >= first) & (head < first + kv_heads)):
-                    target = pages.skip(cells.load(row) * kv_heads + (head - first), row_bytes)
-                    place(source.skip(row * kv_heads + (head - first), row_bytes), target, scale, turns)
+                    place(pages.skip(cells.load(row) * kv_heads + (head - first), row_bytes), scale, turns)
 
     return program
 
