@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jmoe.pallas_kernels import simt
+from jmoe.pallas_kernels import simt, simt_floats
 from jmoe.pallas_kernels.paged_attention import cells_of
 from jmoe.pallas_kernels.place_heads import angles
-from jmoe.pallas_kernels.simt import BLOCK_THREADS, WARP, Float, Pointer
+from jmoe.pallas_kernels.simt import BLOCK_THREADS, WARP, Pointer
+from jmoe.pallas_kernels.simt_floats import Float
 
 WARPS = BLOCK_THREADS // WARP
 
@@ -54,9 +55,9 @@ def _program(
     all_heads, row_bytes = heads + 2 * kv_heads, head_dim * jnp.dtype(dtype).itemsize
 
     def program(projected: Pointer, *rest: Pointer):
-        *scales, cos, sin, cells, k_pages, v_pages, out = rest
-        q_scale = scales.pop(0) if q_norm else None
-        k_scale = scales.pop(0) if k_norm else None
+        *norms, cos, sin, cells, k_pages, v_pages, out = rest
+        q_scale = norms.pop(0) if q_norm else None
+        k_scale = norms.pop(0) if k_norm else None
         lane, element = simt.thread() % WARP, simt.element_type(dtype)
         index = simt.block() * WARPS + simt.warp()
         row, head = index // all_heads, index % all_heads
@@ -65,13 +66,14 @@ def _program(
         def place(target: Pointer, scale: Pointer | None, turns: bool) -> None:
             columns = [lane + start for start in range(0, head_dim // 2, WARP)]
             columns += [column + head_dim // 2 for column in columns]
-            values = [source.load_float(column, element) for column in columns]
+            values = [simt_floats.Float.load(source, column, element) for column in columns]
             if scale is not None:
-                values = _normed(values, [scale.load_float(c, element) for c in columns], head_dim, eps, element)
+                scales = [simt_floats.Float.load(scale, column, element) for column in columns]
+                values = _normed(values, scales, head_dim, eps, element)
             if turns:
                 values = _turned(values, _at(cos, row, columns, head_dim), _at(sin, row, columns, head_dim))
             for column, value in zip(columns, values, strict=True):
-                target.store_float(column, value, element)
+                value.store(target, column, element)
 
         with simt.when(index < rows * all_heads):
             with simt.when(head < heads):
@@ -89,8 +91,8 @@ def _program(
 def _normed(values: list[Float], scales: list[Float], head_dim: int, eps: float, element: Any) -> list[Float]:
     """x / sqrt(mean(x^2) + eps), rounded to the dtype, times the scale, rounded again."""
     squares = [value * value for value in values]
-    total = simt.warp_reduce(sum(squares[1:], squares[0]), lambda a, b: a + b)
-    factor = (total * simt.number(1 / head_dim) + simt.number(eps)).rsqrt()
+    total = simt_floats.warp_reduce(sum(squares[1:], squares[0]), lambda a, b: a + b)
+    factor = total.times(1 / head_dim).plus(eps).rsqrt()
     return [
         ((value * factor).rounded(element) * scale).rounded(element)
         for value, scale in zip(values, scales, strict=True)
@@ -100,7 +102,7 @@ def _normed(values: list[Float], scales: list[Float], head_dim: int, eps: float,
 def _at(table: Pointer, row, columns: list, head_dim: int) -> list[Float]:
     """A lane's columns of the first half, of `[rows, H/2]` float32."""
     half = head_dim // 2
-    return [table.load_float(row * half + column) for column in columns[: len(columns) // 2]]
+    return [simt_floats.Float.load(table, row * half + column) for column in columns[: len(columns) // 2]]
 
 
 def _turned(values: list[Float], cos: list[Float], sin: list[Float]) -> list[Float]:
