@@ -2,12 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jmoe.config import ModelConfig
 from jmoe.models.arrays import ArraySpec, Make
 from jmoe.models.norms import normalize, rotate
 from jmoe.models.router import choose_experts
+from jmoe.pallas_kernels.thin_matmul import thin_matmul
 from jmoe.sharding.tensor_group import TensorGroup
 
 
@@ -64,7 +66,10 @@ class AttentionLayer(nnx.Module):
         """`project` without QK-norm and rotary, which `place_heads` does beside the write to the pages."""
         c = self.config
         x = normalize(x, self.input_norm[...], c.norm, c.norm_eps)
-        q, k, v = (jnp.einsum("...d,dnh->...nh", x, w[...]) for w in (self.q_proj, self.k_proj, self.v_proj))
+        weights = [w[...] for w in (self.q_proj, self.k_proj, self.v_proj)]
+        flat = [w.reshape(w.shape[0], -1) for w in weights]
+        product = thin_matmul(x.reshape(-1, x.shape[-1]), flat).reshape(*x.shape[:-1], -1, c.head_dim)
+        q, k, v = jnp.split(product, np.cumsum([w.shape[1] for w in weights])[:2], axis=-2)
         if c.attention_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         if c.clip_qkv is not None:
@@ -73,7 +78,9 @@ class AttentionLayer(nnx.Module):
 
     def output(self, heads: jax.Array, tensor: TensorGroup) -> jax.Array:
         """Output projection `[..., Q, H]` -> `[..., D]`, summed over the tensor ranks."""
-        y = tensor.sum(jnp.einsum("...nh,nhd->...d", heads, self.o_proj[...]))
+        o_proj = self.o_proj[...].reshape(-1, self.config.hidden_size)
+        y = thin_matmul(heads.reshape(-1, o_proj.shape[0]), [o_proj]).reshape(*heads.shape[:-2], -1)
+        y = tensor.sum(y)
         return y + self.o_bias[...] if self.config.attention_bias else y
 
     def ffn_input(self, x: jax.Array) -> jax.Array:
