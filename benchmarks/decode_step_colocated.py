@@ -49,33 +49,37 @@ def floor_bytes(model: ModelConfig, rows: int, context: int, active: float) -> f
 class Cell:
     """One colocated cell on one device, with random weights made there, and its programs of FEW and MANY steps."""
 
-    def __init__(self, cell: CellConfig, distinct_layers: int, log: Callable[[str], None]):
+    def __init__(self, cell: CellConfig, args: argparse.Namespace, around: Around, log: Callable[[str], None]):
         import jax
 
         from jmoe.cell_runtime import CellRuntime
+        from jmoe.colocated_timing import ColocatedTimer
 
         self.runtimes = {
             n: CellRuntime(dataclasses.replace(cell, num_steps=n), jax.devices(), "colocated") for n in (FEW, MANY)
         }
         self.many = self.runtimes[MANY]
-        with ThreadPoolExecutor(2) as pool:
+        self.timer = ColocatedTimer(self.many, args.context, around=around)
+        with ThreadPoolExecutor(3) as pool:
             started = time.perf_counter()
             compiling = [pool.submit(runtime.compile, ("decode", False)) for runtime in self.runtimes.values()]
-            self.weights = random_weights(self.many, distinct_layers)
-            log(f"weights there after {time.perf_counter() - started:.1f} s")
+            weights = random_weights(self.many, args.distinct_layers)
+            for runtime in self.runtimes.values():
+                runtime.adopt(*weights)
+                ColocatedTimer(runtime, args.context).fill_pages()
+            log(f"weights and pages there after {time.perf_counter() - started:.1f} s")
+            counting = pool.submit(self.timer.compile_active_experts, MANY)
             for future in compiling:
                 future.result()
             self.compile_s = time.perf_counter() - started
+            self.count_active = counting.result()
 
     def step_s(self, context: int, repeats: int, around: Around) -> float:
         """Seconds of one step: the slope between the two calls, medians of `repeats`."""
-        from jmoe.colocated_timing import ColocatedTimer
         from jmoe.decode_batch import decode_batch
 
         inputs, medians = decode_batch(self.many.cell, context).array, {}
         for n, runtime in self.runtimes.items():
-            runtime.adopt(*self.weights)
-            ColocatedTimer(runtime, context, around=around).fill_pages()
             times = []
             with around() if around is not None else nullcontext():
                 for _ in range(repeats + 1):
@@ -85,9 +89,12 @@ class Cell:
             if not (tokens >= 0).all():
                 raise RuntimeError("expected a token from every row in every step, got idle rows")
             medians[n] = statistics.median(times[1:])
-            if n == FEW:
-                runtime.close()  # its pages: two caches may not fit
         return (medians[MANY] - medians[FEW]) / (MANY - FEW)
+
+    def close(self) -> None:
+        """Frees the GPU for the next batch size."""
+        for runtime in self.runtimes.values():
+            runtime.close()
 
 
 def random_weights(runtime, distinct_layers: int):
@@ -165,29 +172,26 @@ def measure(args: argparse.Namespace, models: dict[str, ModelConfig], around: Ar
     start_jax(args.platform, 1)
     from device_time import where
 
-    from jmoe.colocated_timing import ColocatedTimer
-
     layers = args.layers or LAYERS[args.model]
     model = dataclasses.replace(models[args.model], num_layers=layers)
     read = read_bandwidth(args.platform, around)
     table, record = [HEADER], []
     for rows in args.tokens:
         log(f"{args.model}, {layers} layers, batch {rows}")
-        cell = Cell(cell_of(args, model, rows), args.distinct_layers, log)
+        cell = Cell(cell_of(args, model, rows), args, around, log)
         result = {"read_bytes_per_s": read, "compile_s": cell.compile_s}
         result["step_s"] = cell.step_s(args.context, args.calls, around)
         log(f"{result['step_s'] * 1e3:.3f} ms a step; counting active experts")
-        timer = ColocatedTimer(cell.many, args.context, around=around)
-        result["active"] = float(timer.active_experts(MANY)[FEW:].mean())
+        result["active"] = float(cell.count_active()[FEW:].mean())
         if args.stages:
             log("timing the stages alone")
-            result |= dataclasses.asdict(timer.stages())
+            result |= dataclasses.asdict(cell.timer.stages())
         record.append({"tokens": rows, **result})
         table.append(report(args, model, rows, result))
         print("\n".join(table))
         print(f"{where()}, context {args.context}, {model.dtype}, reads at {read / 1e12:.3f} TB/s\n", flush=True)
-        cell.many.close()
-        del cell, timer
+        cell.close()
+        del cell
         if args.json:
             with open(args.json, "w") as file:
                 json.dump({"model": args.model, "layers": layers, "context": args.context, "cells": record}, file)

@@ -76,12 +76,20 @@ class ColocatedTimer:
             found[f"{name}_s"] = max(seconds, 1e-9) / (more - few)  # positive: on a noisy host a short stage drowns
         return ColocatedTimes(**found)
 
-    def active_experts(self, num_steps: int) -> np.ndarray:
-        """Experts that got a row, `[num_steps, MoE layers]`, over the devices' mean, in steps as decode takes them."""
+    def compile_active_experts(self, num_steps: int) -> Callable[[], np.ndarray]:
+        """Compiles a decode that counts experts which got a row, in steps as decode takes them.
+
+        Returns:
+          What runs it: `[num_steps, MoE layers]`, the mean over devices.
+        """
         call = self._compile({"active": functools.partial(self._active, num_steps)})["active"]
-        with self._around():
-            counts = call()
-        return np.mean([np.asarray(shard.data)[0] for shard in counts.addressable_shards], axis=0)
+
+        def run() -> np.ndarray:
+            with self._around():
+                counts = jax.block_until_ready(call())
+            return np.mean([np.asarray(shard.data)[0] for shard in counts.addressable_shards], axis=0)
+
+        return run
 
     def fill_pages(self) -> None:
         """Random keys and values into every page: zeros draw less power and run faster than what a server reads."""

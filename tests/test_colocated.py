@@ -19,19 +19,12 @@ MAX_TOKENS = 12
 REPLICAS = ExpertPlacement(((0, 1, 5), (2, 3, 0), (4, 5)))
 MESHES = {
     "one device": (AWKWARD, MeshConfig.colocate(1)),
-    "one device, m = 2": (AWKWARD, MeshConfig.colocate(1, num_micro_batches=2)),
-    "one device, experts out of order": (
-        AWKWARD, MeshConfig.colocate(1, placement=ExpertPlacement(((5, 0, 3, 1, 4, 2),)))
-    ),
     "two devices": (AWKWARD, MeshConfig.colocate(2)),
     "three devices, m = 2, uneven nodes": (
         AWKWARD, MeshConfig.colocate(3, num_micro_batches=2, placement=ExpertPlacement(((1, 0, 4), (5,), (2, 3))))
     ),
     "three devices, two experts replicated": (AWKWARD, MeshConfig.colocate(3, placement=REPLICAS)),
-    "five devices for six experts": (AWKWARD, MeshConfig.colocate(5)),
     "tensor 2": (EVEN, MeshConfig.colocate(2, tensor=2, num_micro_batches=2)),
-    "two groups of tensor 2": (EVEN, MeshConfig.colocate(4, tensor=2)),
-    "tensor 4 for attention, four expert nodes": (EVEN, MeshConfig(1, 4, 1, attention_tensor=4, colocated=True)),
     "two replicas of tensor 2, four expert nodes": (EVEN, MeshConfig(2, 4, 1, attention_tensor=2, colocated=True)),
     "four replicas, two expert nodes of tensor 2": (EVEN, MeshConfig(4, 2, 1, expert_tensor=2, colocated=True)),
 }  # fmt: skip
@@ -62,9 +55,8 @@ def test_tokens_equal_the_reference(name):
 # Sabotage: each of these must turn the comparison red, or it proves nothing.
 
 
-@pytest.mark.parametrize("name", ["one device", "three devices, m = 2, uneven nodes"])
-def test_sabotage_swapped_experts(name):
-    config, mesh = MESHES[name]
+def test_sabotage_swapped_experts():
+    config, mesh = MESHES["three devices, m = 2, uneven nodes"]
     model = random_model(config)
     attention, experts = model.arrays_by_path()
     swapped = {path: array[np.array([1, 0, 2, 3, 4, 5])] for path, array in experts.items()}
@@ -72,11 +64,10 @@ def test_sabotage_swapped_experts(name):
     assert got != reference_tokens(config, random_prompts(config), MAX_TOKENS)
 
 
-@pytest.mark.parametrize("name", ["two devices", "two groups of tensor 2"])
-def test_sabotage_sums_of_another_replica(monkeypatch, name):
+def test_sabotage_sums_of_another_replica(monkeypatch):
     combine = SharedDevices.combine
     monkeypatch.setattr(SharedDevices, "combine", lambda self, sums, dtype: combine(self, sums[::-1], dtype))
-    config, mesh = MESHES[name]
+    config, mesh = MESHES["two devices"]
     assert tokens_of(config, mesh) != reference_tokens(config, random_prompts(config), MAX_TOKENS)
 
 
