@@ -140,9 +140,9 @@ def _xla(rows: jax.Array, local_idx: jax.Array, num_experts: int, align: int, fl
     source = source.at[jnp.where(positions < 0, padded, positions)].set(
         jnp.arange(num_rows * k, dtype=jnp.int32) // k, mode="drop", unique_indices=False
     )
-    payloads = quantize_rows(rows) if float8 else (rows, None)
-    gathered = [p if p is None else p.at[source].get(mode="promise_in_bounds") for p in payloads]
-    return Permuted(gathered[0], sizes, starts.astype(jnp.int32), positions.reshape(num_rows, k), gathered[1])
+    payloads = quantize_rows(rows) if float8 else (rows,)
+    gathered = [p.at[source].get(mode="promise_in_bounds") for p in payloads]
+    return Permuted(gathered[0], sizes, starts.astype(jnp.int32), positions.reshape(num_rows, k), *gathered[1:])
 
 
 def _reference(rows, local_idx, num_experts: int, align: int, float8: bool) -> Permuted:

@@ -24,7 +24,7 @@ WARPS = BLOCK_THREADS // WARP
 
 def permute_pallas(
     rows: jax.Array, local_idx: jax.Array, num_experts: int, align: int, padded: int, float8: bool
-) -> tuple[jax.Array | None, ...]:
+) -> tuple[Any, ...]:
     """The fields of `Permuted`, `padded` rows of them; see `permute`."""
     num_rows, k = local_idx.shape
     row, pairs = Row(rows.shape[1], rows.dtype, float8), num_rows * k
@@ -134,7 +134,7 @@ def _fused(pairs: int, k: int, num_experts: int, align: int, row: Row) -> Callab
                 for start in range(IN_FLIGHT, len(steps), IN_FLIGHT):
                     more = load(row, source, lane, steps[start : start + IN_FLIGHT], whole=row.vectors % WARP == 0)
                     store(row, rounded(row, more), out, scales[0] if scales else None, place)
-        with simt.when(block.equals(0)):
+        with simt.when(block.equals(0) & simt.warp().equals(0)):
             _say_groups(counts, sizes, starts, lane, num_experts, align)
 
     return program
@@ -191,13 +191,17 @@ def _rank(ids: Pointer, pair: Word, expert: Word, lane: Word) -> Word:
 
 
 def _say_groups(counts: Pointer, sizes: Pointer, starts: Pointer, lane: Word, num_experts: int, align: int) -> None:
-    """Each warp says every fourth expert's size and start."""
-
-    def say(expert):
-        start = _sum_below(counts, expert, lane, align)
-        with simt.when(lane.equals(0)):
-            sizes.store(expert, counts.load(expert))
+    """A warp says every expert's size and start; a lane takes consecutive experts."""
+    each = _ceil_div(num_experts, WARP)
+    held = []
+    for i in range(each):
+        expert = lane * each + i
+        inside = expert < num_experts
+        held.append((expert, inside, inside.select(counts.load(inside.select(expert, 0)), 0)))
+    padded = [_padded(size, align) for _, _, size in held]
+    start = simt.warp_sum_before(sum(padded[1:], padded[0]), lane)
+    for (expert, inside, size), rows in zip(held, padded, strict=True):
+        with simt.when(inside):
+            sizes.store(expert, size)
             starts.store(expert, start)
-        return []
-
-    simt.loop(simt.warp(), num_experts, WARPS, [], say)
+        start = start + rows
