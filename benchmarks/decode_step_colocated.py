@@ -22,7 +22,7 @@ from jmoe.config import ModelConfig
 from jmoe.sharding.mesh_config import MeshConfig
 
 FEW, MANY = 2, 50
-LAYERS = {"qwen3-30b-a3b": 12, "mixtral-8x7b": 8, "tiny": 2}  # what one GPU of 80 GB holds, and what peers were timed at
+LAYERS = {"qwen3-30b-a3b": 12, "mixtral-8x7b": 8, "tiny": 2}  # what 80 GB hold, and what peers were timed at
 VLLM_MS = {("qwen3-30b-a3b", 12, 16): 4.521, ("qwen3-30b-a3b", 12, 128): 7.661}  # 0.26.0, torch.compile, one H100
 Around = Callable[[], Any] | None
 
@@ -165,7 +165,9 @@ def report(args: argparse.Namespace, model: ModelConfig, rows: int, result: dict
     )
 
 
-def measure(args: argparse.Namespace, models: dict[str, ModelConfig], around: Around, log: Callable[[str], None]) -> int:
+def measure(
+    args: argparse.Namespace, models: dict[str, ModelConfig], around: Around, log: Callable[[str], None]
+) -> int:
     """Every batch size in turn, in this process; the table so far after each."""
     from jmoe.serving.executors.inline import start_jax
 

@@ -76,7 +76,7 @@ class CellRuntime:
         self.adopt(attention, experts)
 
     def adopt(self, attention: dict[str, jax.Array], experts: dict[str, jax.Array]) -> None:
-        """Takes arrays over the joint mesh as this process's weights (as `AbstractCell.params` says), with empty pages."""
+        """Takes arrays over the joint mesh as this process's weights (`AbstractCell.params`), with empty pages."""
         self._attention, self._experts = attention, experts
         self._state = DeviceState(
             sequence=self._filled((), np.int32),

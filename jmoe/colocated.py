@@ -63,6 +63,8 @@ class Colocated:
         if chosen is None:
             return Lane(x, None)
         self._watch(chosen)
-        sent = self.devices.dispatch(*chosen, rows.valid.reshape(-1), rows.positions.reshape(-1))
+        sent = self.devices.dispatch(
+            chosen.rows, chosen.topk_idx, chosen.topk_weights, rows.valid.reshape(-1), rows.positions.reshape(-1)
+        )
         sums = self.devices.combine(self.expert.partial_sums(stage.layer, *sent), x.dtype)
         return Lane(x + sums.astype(x.dtype), None)

@@ -49,9 +49,7 @@ class ColocatedTimer:
       around: makes a context manager that the device work stands in (a lock, where several programs share a GPU).
     """
 
-    def __init__(
-        self, runtime: CellRuntime, context: int, repeats: int = 5, around: Callable[[], Any] | None = None
-    ):
+    def __init__(self, runtime: CellRuntime, context: int, repeats: int = 5, around: Callable[[], Any] | None = None):
         self.runtime = runtime
         self.cell = runtime.cell
         self._repeats = repeats

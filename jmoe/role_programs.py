@@ -131,8 +131,9 @@ class AttentionRole:
         """One layer's attention with its residual; the new keys and values go to their pages first."""
         grid = x.reshape(*rows.token_ids.shape, -1)
         place = (rows.page_table, rows.start_pos, rows.num_tokens)
+        (q, k, v), scales = module.heads(grid), module.head_scales()
         q, k_pages, v_pages = place_heads(
-            *module.heads(grid), *module.head_scales(), *kv, *place,
+            q, k, v, scales[0], scales[1], kv[0], kv[1], *place,
             theta=self.cell.model.rope_theta, eps=self.cell.model.norm_eps,
         )  # fmt: skip
         heads = paged_attention(q, k_pages, v_pages, *place, sliding_window=self.cell.model.sliding_window)

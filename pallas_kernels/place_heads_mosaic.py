@@ -19,7 +19,7 @@ WARPS = BLOCK_THREADS // WARP
 def place_heads_pallas(
     q, k, v, q_scale, k_scale, k_pages, v_pages, page_table, start_pos, num_tokens, *, theta: float, eps: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`place_heads` in one kernel; see there. The angles and the cells are the same in every layer: XLA makes them once."""
+    """`place_heads` in one kernel; see there. Angles and cells are the same in every layer: XLA makes them once."""
     rows, _, _, head_dim = q.shape
     cos, sin = angles(start_pos, head_dim, theta)
     cells = cells_of(k_pages.shape, page_table, start_pos, num_tokens, 1)

@@ -135,7 +135,7 @@ def _body(shares: Shares):
 
 
 def _load(shares: Shares, rows_g, weights_g, weights_s, rows_s, full, free, begin, count) -> None:
-    """The first warpgroup keeps TMA `stages` steps ahead. Weights depend on no kernel before: they are asked for first."""
+    """The first warpgroup keeps TMA `stages` steps ahead; weights, which no kernel makes, are asked for first."""
     stages, firsts = shares.stages, np.cumsum([0, *shares.columns]) // shares.block_out
 
     def load_weights(i, _):
@@ -195,7 +195,8 @@ def _multiply(shares: Shares, weights_s, rows_s, out_s, out_g, full, free, begin
             lax.fori_loop(i, stop, step, None)
             return acc[...]
 
-        found: Any = pl.run_scoped(products, plgpu.ACC((SHARE, shares.rows), jnp.float32))
+        acc = plgpu.ACC((SHARE, shares.rows), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+        found: Any = pl.run_scoped(products, acc)
         plgpu.barrier_arrive(free.at[lax.rem(stop - 1, stages)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         out_s.at[own].T[...] = plgpu.layout_cast(found, TURNED)

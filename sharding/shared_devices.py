@@ -2,8 +2,8 @@
 
 One device keeps its rows: nothing moves and nothing is padded. Several replicas gather their rows on every device (one
 hidden slice a tensor rank), each device adds up what its own experts make of them, and an all-to-all hands every
-replica its tokens' partial sums. Both collectives run over the joint axis, are dropless, and move rows that a device does not
-need: all of them to all devices, against the share 1 - (1 - 1/N)^k that uniform routing needs.
+replica its tokens' partial sums. Both collectives run over the joint axis, are dropless, and move rows that a device
+does not need: all of them to all devices, against the share 1 - (1 - 1/N)^k that uniform routing needs.
 """
 
 import dataclasses

@@ -30,7 +30,8 @@ def cell_of(num_micro_batches: int) -> CellConfig:
 def cell_on(mesh: MeshConfig) -> CellConfig:
     rows, max_len = 128, 1056
     num_pages = 38 + rows * mesh.num_micro_batches * (max_len // 16)
-    return CellConfig(MODEL, mesh.resolve(MODEL.num_experts), rows=rows, chunk_len=128, num_steps=4, num_pages=num_pages, max_len=max_len)
+    mesh = mesh.resolve(MODEL.num_experts)
+    return CellConfig(MODEL, mesh, rows=rows, chunk_len=128, num_steps=4, num_pages=num_pages, max_len=max_len)
 
 
 def forbidden_sizes(cell: CellConfig, mesh: Mesh) -> set[tuple[str, int]]:

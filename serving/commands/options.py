@@ -33,7 +33,7 @@ def add_cell_options(parser: argparse.ArgumentParser) -> None:
     mesh.add_argument(
         "--colocated", type=int, metavar="N", help="instead: both roles on each of N devices (default on a lone GPU)"
     )
-    mesh.add_argument("--tensor", type=int, metavar="T", help="with --colocated: tensor ranks of both roles (default 1)")
+    mesh.add_argument("--tensor", type=int, metavar="T", help="with --colocated: tensor ranks (default 1)")
     mesh.add_argument("--placement", metavar="FILE", help="JSON list: the expert ids of each node (default: balanced)")
     mesh.add_argument("--plan", metavar="FILE", help="what `jmoe plan` wrote, instead of the options above")
     sizes = parser.add_argument_group("sizes (left out: chosen from the model)")

@@ -1,4 +1,4 @@
-"""place_heads: the XLA form against the model's own norm, rotary and page writes; the Mosaic body's program on numpy."""
+"""place_heads: the XLA form against the model's own norm, rotary and page writes; the Mosaic program on numpy."""
 
 import sys
 
@@ -25,7 +25,7 @@ def problem(rows=3, chunk=1, heads=6, kv_heads=2, head_dim=64, norm=True, dtype=
     def draw(*shape):
         return rng.standard_normal(shape).astype(dtype)
 
-    q, k, v = draw(rows, chunk, heads, head_dim), draw(rows, chunk, kv_heads, head_dim), draw(rows, chunk, kv_heads, head_dim)
+    q, k, v = (draw(rows, chunk, n, head_dim) for n in (heads, kv_heads, kv_heads))
     scales = (draw(head_dim), draw(head_dim)) if norm else (None, None)
     pages = draw(1 + 5 * rows, 4, kv_heads, head_dim), draw(1 + 5 * rows, 4, kv_heads, head_dim)
     table = 1 + rng.permutation(5 * rows).reshape(rows, 5).astype(np.int32)
