@@ -1,11 +1,14 @@
 """CellConfig: everything that fixes the shapes of a cell's programs (a cell = one attention mesh + one expert mesh)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from jmoe.config import ModelConfig
 from jmoe.sharding.mesh_config import MeshConfig
 from jmoe.sharding.placement import ExpertPlacement
+
+KV_DTYPES = ("auto", "fp8")
+KERNELS = ("auto", "xla", "pallas")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,6 +26,9 @@ class CellConfig:
       max_len: longest sequence, prompt and output together.
       max_stop_ids: stop token ids a request may have, end-of-sequence ids included.
       num_top_logprobs: top tokens whose log-probabilities the sampling programs return.
+      kv_dtype: of the KV pages: "auto" for the model's, "fp8" for float8_e4m3fn (numbers beyond 448 are clipped).
+      kernels: what attention and expert FFNs run: "pallas" (an error where it can't), "xla", or "auto" for "pallas"
+        where it can and "xla" elsewhere.
     """
 
     model: ModelConfig
@@ -35,11 +41,16 @@ class CellConfig:
     max_len: int = 1024
     max_stop_ids: int = 8
     num_top_logprobs: int = 20
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+    kernels: Literal["auto", "xla", "pallas"] = "auto"
 
     def __post_init__(self):
         for name in ("rows", "chunk_len", "num_steps", "page_len", "max_len"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"CellConfig.{name}: expected at least 1, got {value}")
+        for name, known in (("kv_dtype", KV_DTYPES), ("kernels", KERNELS)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"CellConfig.{name}: expected one of {', '.join(known)}, got {value!r}")
         if self.mesh.placement is None or "auto" in (self.mesh.directions, self.mesh.transport):
             raise ValueError("CellConfig.mesh: expected a resolved MeshConfig, got one with 'auto'; call .resolve()")
         if not 0 <= self.num_top_logprobs <= self.model.vocab_size:
@@ -56,6 +67,11 @@ class CellConfig:
                 f"CellConfig.num_pages: expected at least {self.max_pages + 1}, so that one sequence of max_len "
                 f"{self.max_len} fits beside the idle page, got {self.num_pages}"
             )
+
+    @property
+    def implementation(self) -> Literal["xla", "pallas"] | None:
+        """What `kernels` means to a kernel's `implementation=`."""
+        return None if self.kernels == "auto" else self.kernels
 
     @property
     def max_pages(self) -> int:

@@ -1,5 +1,6 @@
 """CellRuntime: a cell's programs, weights and state on the devices that this process holds. Both executors use it."""
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,16 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmoe.cell_config import CellConfig
-from jmoe.checkpoints.load import CheckpointReader
-from jmoe.checkpoints.random_weights import RandomWeights
-from jmoe.config import RANDOM_WEIGHTS
 from jmoe.decode_loop import DeviceState, Role
 from jmoe.device_params import DeviceParams, ParamSource
 from jmoe.errors import SequenceMismatchError
 from jmoe.lowering import AbstractCell, Key, lower_program, on_each_device
+from jmoe.models.model import Model
+from jmoe.pallas_kernels.choice import last_choice
 from jmoe.sampling import TokenCounts
 from jmoe.sharding.meshes import from_shards, joint_mesh, local_devices
 from jmoe.step_inputs import StepLayout
+from jmoe.weights_source import weights_source
+
+logger = logging.getLogger(__name__)
 
 
 class CellRuntime:
@@ -50,6 +53,7 @@ class CellRuntime:
         self._attention: dict[str, jax.Array] = {}
         self._experts: dict[str, jax.Array] = {}
         self._state: DeviceState | None = None
+        self._kernels_told = False
 
     @property
     def abstract(self) -> AbstractCell:
@@ -60,17 +64,16 @@ class CellRuntime:
     def has_attention(self) -> bool:
         return self.role != "expert"
 
-    def load(self, source: ParamSource | str | os.PathLike[str], progress: Callable[[str], None]) -> None:
+    def load(self, source: ParamSource | str | os.PathLike[str] | Model, progress: Callable[[str], None]) -> None:
         """Places this process's share of the weights, and an empty KV cache.
 
         Args:
-          source: a Hugging Face checkpoint folder, "random:SEED", or anything that parameters can be read from.
+          source: a Hugging Face checkpoint folder, "random:SEED", a live model, or anything that parameters can be read
+            from as the cell keeps them.
           progress: gets a line now and then.
         """
-        if isinstance(source, str) and source.startswith(RANDOM_WEIGHTS):
-            source = RandomWeights(self.cell.model, int(source.removeprefix(RANDOM_WEIGHTS)))
-        elif isinstance(source, (str, os.PathLike)):
-            source = CheckpointReader(os.fspath(source), self.cell.model)
+        if isinstance(source, (str, os.PathLike, Model)):
+            source = weights_source(source, self.cell.model)
         attention = self._params.place("attention", source, progress) if self.role != "expert" else {}
         experts = self._params.place("expert", source, progress) if self.role != "attention" else {}
         self.adopt(attention, experts)
@@ -88,16 +91,27 @@ class CellRuntime:
         self._attention, self._experts, self._state = {}, {}, None
         self._programs.clear()
 
-    def compile(self, *keys: Key) -> None:
+    def compile(self, *keys: Key) -> str | None:
         """Compiles programs for this process's devices, each once, several at a time (XLA leaves Python's lock).
 
         Needs no weights: it may run beside `load`.
+
+        Returns:
+          The first time one line that says which kernels this process runs, which is logged too; later None.
         """
         unique: dict[Key, None] = dict.fromkeys((k[0], k[1]) for k in keys)
         wanted = [key for key in unique if key not in self._programs]
         lowered = [lower_program(self.cell, self.mesh, self.role, key) for key in wanted]
         with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
             self._programs |= dict(zip(wanted, pool.map(jax.stages.Lowered.compile, lowered), strict=True))
+        if self._kernels_told or not wanted:
+            return None
+        self._kernels_told = True
+        ops = {"expert": "expert_ffn", "attention": "paged_attention"}
+        played = [op for role, op in ops.items() if self.role in (role, "inline", "colocated")]
+        line = f"kernels: {', '.join(f'{op} {self.cell.implementation or last_choice(op)}' for op in played)}"
+        logger.info(line)
+        return line
 
     def run(self, key: Key, inputs: np.ndarray | None) -> dict[str, Any]:
         """Runs one call and waits for it.
@@ -204,7 +218,7 @@ class CellRuntime:
         return from_shards(self.mesh, {d: jnp.zeros((1, *shape), dtype, device=d) for _, d in self._local})
 
     def _empty_pages(self) -> list[tuple[jax.Array, jax.Array]]:
-        shape, dtype = self._abstract.page_shape(), jnp.dtype(self.cell.model.dtype)
+        shape, dtype = self._abstract.page_shape(), self._abstract.page_dtype
         return [(self._filled(shape, dtype), self._filled(shape, dtype)) for _ in range(self.cell.model.num_layers)]
 
     def _empty_counts(self) -> list[TokenCounts]:

@@ -28,6 +28,7 @@ class ModelConfig:
       sliding_window: how many positions back a token may look, itself included; None for all.
       eos_token_ids: any of them ends a generation.
       dtype: of weights and activations.
+      expert_dtype: "fp8" keeps the experts' weights as float8_e4m3fn with a scale a block of 128x128; "model" as dtype.
     """
 
     family: Literal["mixtral", "qwen3_moe", "dbrx"]
@@ -55,6 +56,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    expert_dtype: Literal["model", "fp8"] = "model"
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -69,6 +71,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"ModelConfig.head_dim: expected an even number (rotary halves), got {self.head_dim}")
+        if self.expert_dtype not in ("model", "fp8"):
+            raise ValueError(f"ModelConfig.expert_dtype: expected 'model' or 'fp8', got {self.expert_dtype!r}")
         if not self.moe_layers:
             raise ValueError("ModelConfig.dense_layers: expected at least one MoE layer, got only dense ones")
 
@@ -98,12 +102,31 @@ class ModelConfig:
         family = hf.get("model_type")
         if family not in _READERS:
             raise ValueError(f"config.json model_type: expected one of {', '.join(FAMILIES)}, got {family!r}")
-        if hf.get("quantization_config"):
-            raise ValueError("config.json quantization_config: expected unquantized weights, got quantized ones")
         try:
-            return _READERS[family](hf)
+            config = _READERS[family](hf)
+            return dataclasses.replace(config, expert_dtype=_expert_dtype(hf, family))
         except KeyError as missing:
             raise ValueError(f"config.json: expected the key {missing} of a {family} model, got none") from None
+
+
+def _expert_dtype(hf: Mapping[str, Any], family: str) -> Literal["model", "fp8"]:
+    """ "fp8" for block-scaled checkpoints as those of DeepSeek-V3 and Qwen3; other quantisations are refused."""
+    quantization = hf.get("quantization_config")
+    if not quantization:
+        return "model"
+    expected = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}
+    for key, value in expected.items():
+        default = value if key in ("activation_scheme", "fmt") else None
+        if (got := quantization.get(key, default)) != value:
+            raise ValueError(
+                f"config.json quantization_config.{key}: expected {value!r} (float8 weights with a scale a block), "
+                f"got {got!r}"
+            )
+    if family == "dbrx":
+        raise ValueError(
+            "config.json quantization_config: expected none for dbrx (its experts are one matrix), got fp8"
+        )
+    return "fp8"
 
 
 def _shared(hf: Mapping[str, Any]) -> dict[str, Any]:

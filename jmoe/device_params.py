@@ -5,7 +5,6 @@ from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
@@ -23,7 +22,9 @@ class ParamSource(Protocol):
         self, role: Literal["attention", "expert"], path: str, index: tuple[slice, ...] | None = None
     ) -> np.ndarray: ...
 
-    def read_experts(self, path: str, expert_ids: Sequence[int], mlp: slice | None = None) -> np.ndarray: ...
+    def read_experts(
+        self, path: str, expert_ids: Sequence[int], index: tuple[slice, ...] | None = None
+    ) -> np.ndarray: ...
 
 
 class ArraySource:
@@ -36,10 +37,9 @@ class ArraySource:
         array = self._arrays[role][path]
         return np.asarray(array if index is None else array[index])
 
-    def read_experts(self, path, expert_ids, mlp=None):
-        mlp = mlp or slice(None)
-        index = (slice(None), mlp) if path.endswith("down_proj") else (slice(None), slice(None), mlp)
-        return np.asarray(self._arrays["expert"][path][np.array(expert_ids)][index])
+    def read_experts(self, path, expert_ids, index=None):
+        held = self._arrays["expert"][path][np.array(expert_ids)]
+        return np.asarray(held if index is None else held[(slice(None), *index)])
 
 
 class DeviceParams:
@@ -54,13 +54,13 @@ class DeviceParams:
         self.cell = cell
         self.mesh = mesh
         self._local = local_devices(mesh)
-        self._idle: dict[tuple[jax.Device, tuple[int, ...]], jax.Array] = {}
+        self._idle: dict[tuple[jax.Device, tuple[int, ...], np.dtype], jax.Array] = {}
         specs = array_specs(cell.model)
         self.specs = {"attention": specs[0], "expert": specs[1]}
         for role, size in (("attention", cell.mesh.attention_tensor), ("expert", cell.mesh.expert_tensor)):
             for path, spec in self.specs[role].items():
                 try:
-                    tensor_share(spec.shape, spec.axes, size, 0)
+                    tensor_share(spec.shape, spec.axes, size, 0, spec.block)
                 except ValueError as e:
                     raise ValueError(f"MeshConfig.{role}_tensor: {path}: {e}") from None
 
@@ -80,7 +80,7 @@ class DeviceParams:
     def _place_one(self, role, path: str, spec: ArraySpec, source: ParamSource) -> jax.Array:
         shards: dict[jax.Device, jax.Array] = {}
         read: dict[tuple[int, int], np.ndarray] = {}  # replicas share what was read for one of them
-        shape: tuple[int, ...] = ()
+        shape, dtype = (), spec.numpy_dtype(self.cell.model.dtype)
         mine = [(index, device) for index, device in self._local if self.cell.mesh.plays(index, role)]
         for index, device in mine:
             node, rank = self._node_and_rank(role, index)
@@ -91,7 +91,7 @@ class DeviceParams:
             shards[device] = jax.device_put(read[key][None], device)
         for _, device in self._local:
             if device not in shards:
-                shards[device] = self._idle_buffer(device, (1, *shape))
+                shards[device] = self._idle_buffer(device, (1, *shape), dtype)
         ordered = {device: shards[device] for _, device in self._local}
         jax.block_until_ready(list(ordered.values()))  # else the host copies pile up
         return from_shards(self.mesh, ordered)
@@ -109,11 +109,10 @@ class DeviceParams:
             slices, shape = tensor_share(spec.shape, spec.axes, mesh.attention_tensor, rank)
             return pad_to(source.read(role, path, slices), shape)
         slices, shape = tensor_share(spec.shape, spec.axes, mesh.expert_tensor, rank)
-        held = source.read_experts(path, placement.nodes[node], slices[spec.axes.index("mlp")])
+        held = source.read_experts(path, placement.nodes[node], slices[1:])
         return pad_to(held, (placement.max_local_experts, *shape[1:]))  # nodes may hold different numbers of experts
 
-    def _idle_buffer(self, device: jax.Device, shape: tuple[int, ...]) -> jax.Array:
-        if (device, shape) not in self._idle:
-            dtype = np.float32 if self.cell.model.dtype == "float32" else ml_dtypes.bfloat16
-            self._idle[device, shape] = jnp.zeros(shape, dtype, device=device)
-        return self._idle[device, shape]
+    def _idle_buffer(self, device: jax.Device, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+        if (device, shape, dtype) not in self._idle:
+            self._idle[device, shape, dtype] = jnp.zeros(shape, dtype, device=device)
+        return self._idle[device, shape, dtype]

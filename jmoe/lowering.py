@@ -29,7 +29,6 @@ class AbstractCell:
         self.cell = cell
         self.mesh = mesh
         self.role = role
-        self._dtype = jnp.dtype(cell.model.dtype)
 
     def params(self) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
         """(attention, experts) by path; empty for a role that is not played."""
@@ -41,10 +40,10 @@ class AbstractCell:
             {p: tensor_share(s.shape, s.axes, c.attention_tensor, 0)[1] for p, s in attention.items()},
             {p: (held, *tensor_share(s.shape, s.axes, c.expert_tensor, 0)[1][1:]) for p, s in experts.items()},
         )
-        played = (self.role != "expert", self.role != "attention")
+        played, dtype = (self.role != "expert", self.role != "attention"), self.cell.model.dtype
         return tuple(  # type: ignore[return-value]
-            {path: self._abstract(shape, self._dtype) for path, shape in part.items()} if here else {}
-            for part, here in zip(shares, played, strict=True)
+            {path: self._abstract(part[path], spec.numpy_dtype(dtype)) for path, spec in specs.items()} if here else {}
+            for part, specs, here in zip(shares, (attention, experts), played, strict=True)
         )
 
     def page_shape(self) -> tuple[int, ...]:
@@ -53,12 +52,17 @@ class AbstractCell:
         heads = (c.model.num_kv_heads, c.model.head_dim)
         return (c.num_pages, c.page_len, *tensor_share(heads, ("kv_heads", None), c.mesh.attention_tensor, 0)[1])
 
+    @property
+    def page_dtype(self) -> Any:
+        """Of the KV cache."""
+        return jnp.dtype(self.cell.model.dtype if self.cell.kv_dtype == "auto" else jnp.float8_e4m3fn)
+
     def state(self, sampling: bool) -> DeviceState:
         """What is kept from call to call."""
         sequence = self._abstract((), np.int32)
         if self.role == "expert":
             return DeviceState(sequence)
-        pages = self._abstract(self.page_shape(), self._dtype)
+        pages = self._abstract(self.page_shape(), self.page_dtype)
         table = (self.cell.rows, self.cell.model.vocab_size)
         counts = TokenCounts(self._abstract(table, bool), self._abstract(table, np.int32))
         return DeviceState(

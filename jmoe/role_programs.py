@@ -135,8 +135,12 @@ class AttentionRole:
         q, k_pages, v_pages = place_heads(
             q, k, v, scales[0], scales[1], kv[0], kv[1], *place,
             theta=self.cell.model.rope_theta, eps=self.cell.model.norm_eps,
+            implementation="xla" if self.cell.kernels == "xla" else None,
         )  # fmt: skip
-        heads = paged_attention(q, k_pages, v_pages, *place, sliding_window=self.cell.model.sliding_window)
+        heads = paged_attention(
+            q, k_pages, v_pages, *place,
+            sliding_window=self.cell.model.sliding_window, implementation=self.cell.implementation,
+        )  # fmt: skip
         return x + module.output(heads, self.tensor).reshape(x.shape), (k_pages, v_pages)
 
     def _dispatch(self, h: jax.Array, routes: Routes) -> Box:
@@ -183,7 +187,7 @@ class ExpertRole:
 
     def partial_sums(self, layer: int, rows: jax.Array, local_idx: jax.Array, topk_weights: jax.Array) -> jax.Array:
         """One weighted partial sum a row over this device's share of MoE layer `layer`: `[rows, D]` float32."""
-        return self.half.layers[layer](rows, local_idx, topk_weights)
+        return self.half.layers[layer](rows, local_idx, topk_weights, self.cell.implementation)
 
     def stage(self, stage: Stage, inbox: Box) -> Box:
         """Every replica's rows through this node's experts; one weighted partial sum a row, in the order received."""

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 logger = logging.getLogger(__name__)
+_CHOSEN: dict[str, str] = {}
 
 
 @functools.cache
@@ -23,10 +24,16 @@ def by_platform(op: str, pallas: Callable[..., Any], xla: Callable[..., Any], *a
 
     A program that is compiled for a GPU that isn't there takes "xla"; name "pallas" for the other.
     """
-    _say_once(op, "pallas" if has_hopper() else "xla")
+    _CHOSEN[op] = "pallas" if has_hopper() else "xla"
+    _say_once(op, _CHOSEN[op])
     if not has_hopper():
         return xla(*arguments)
     return jax.lax.platform_dependent(*arguments, cuda=pallas, default=xla)
+
+
+def last_choice(op: str) -> str:
+    """The form of an op that `by_platform` traced last in this process; "xla" if it was never asked."""
+    return _CHOSEN.get(op, "xla")
 
 
 @functools.cache

@@ -187,7 +187,7 @@ class Consumer:
         head_block, token, lead, num_tokens = (refs.items_g[item, column] for column in columns)
         if shape.with_sinks:
             rows = refs.sinks_g.at[head_block, pl.ds(self.role * ROW_TILE, ROW_TILE)]
-            total = total + jnp.exp2(plgpu.load(rows, layout=BY_ROW, optimized=False) - m)
+            total = total + jnp.exp2(plgpu.load(rows, (), layout=BY_ROW, optimized=False) - m)
         out = (acc * across(refs.scales_g[1] / total, shape.head_dim)).astype(shape.out_dtype)
         mine = refs.o_s.at[self.role]
         for column in range(0, shape.head_dim, shape.out_columns):

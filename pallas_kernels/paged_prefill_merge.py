@@ -74,7 +74,7 @@ def merge_parts(shape: PrefillShape, out, acc, ml, plan: PrefillPlan, gaps, scal
             count = lax.div(gaps.shape[0] - 1 - me, jnp.int32(num_blocks * consumers * parts)) + 1
         lax.fori_loop(0, count, lambda i, c: fill(first + i * num_blocks * consumers * parts, c), None)
 
-    def kernel(acc_g, ml_g, items_g, shares_g, gaps_g, scales_g, sinks_g, out_g, o_s, zeros_s):
+    def prefill_merge(acc_g, ml_g, items_g, shares_g, gaps_g, scales_g, sinks_g, out_g, o_s, zeros_s):
         block, consumer, part = (lax.axis_index(name) for name in ("block", "consumer", "columns"))
         fill_gaps(gaps_g, out_g, zeros_s, (block * consumers + consumer) * parts + part)
         item = shares_g[block, MERGE_ITEM]
@@ -88,9 +88,9 @@ def merge_parts(shape: PrefillShape, out, acc, ml, plan: PrefillPlan, gaps, scal
             def add(j, carry):
                 acc, m, total = carry
                 slot = 2 * j + jnp.where(j == first, first_slot, 0)
-                m_j = plgpu.load(ml_g.at[slot, 0, my_rows], layout=BY_ROW, optimized=False)
-                total_j = plgpu.load(ml_g.at[slot, 1, my_rows], layout=BY_ROW, optimized=False)
-                acc_j = plgpu.load(acc_g.at[slot, my_rows, my_columns], layout=LAYOUT, optimized=False)
+                m_j = plgpu.load(ml_g.at[slot, 0, my_rows], (), layout=BY_ROW, optimized=False)
+                total_j = plgpu.load(ml_g.at[slot, 1, my_rows], (), layout=BY_ROW, optimized=False)
+                acc_j = plgpu.load(acc_g.at[slot, my_rows, my_columns], (), layout=LAYOUT, optimized=False)
                 there = shares_g[j, SHARE] > 0  # a block whose share the waves filled has no part
                 m_j = jnp.where(there, m_j, LOWEST)
                 m_new = jnp.maximum(m, m_j)
@@ -108,7 +108,7 @@ def merge_parts(shape: PrefillShape, out, acc, ml, plan: PrefillPlan, gaps, scal
             acc, m, total = lax.fori_loop(first, block + 1, add, (acc, m, total))
             head_block = items_g[item, HEAD_BLOCK]
             if shape.with_sinks:
-                sink = plgpu.load(sinks_g.at[head_block, my_rows], layout=BY_ROW, optimized=False)
+                sink = plgpu.load(sinks_g.at[head_block, my_rows], (), layout=BY_ROW, optimized=False)
                 total = total + jnp.exp2(sink - m)
             o_s[...] = (acc * across(scales_g[1] / total, COLUMNS)).astype(out.dtype)
             plgpu.commit_smem()
@@ -118,7 +118,7 @@ def merge_parts(shape: PrefillShape, out, acc, ml, plan: PrefillPlan, gaps, scal
 
     merged = jax.new_ref(out)
     plgpu.kernel(
-        kernel,
+        prefill_merge,
         out_type=(),
         grid=(num_blocks, consumers, parts),
         grid_names=("block", "consumer", "columns"),

@@ -117,7 +117,7 @@ def _attend(shape: PrefillShape, operands):
     """out, and the float32 partial results: acc `[2 blocks, rows, H]`, m and the sum `[2 blocks, 2, rows]`."""
     tiles = shape.tiles
 
-    def kernel(*arrays):
+    def prefill_attention(*arrays):
         refs = PrefillRefs(*arrays)
         role = lax.axis_index("wg")
         of_consumer, of_producer = REGISTERS.get(tiles.consumers, (None, None))
@@ -136,7 +136,7 @@ def _attend(shape: PrefillShape, operands):
 
     parts = 2 * shape.num_blocks
     return plgpu.kernel(
-        kernel,
+        prefill_attention,
         out_type=(
             jax.ShapeDtypeStruct(operands[0].shape, shape.out_dtype),
             jax.ShapeDtypeStruct((parts, tiles.rows, shape.head_dim), jnp.float32),

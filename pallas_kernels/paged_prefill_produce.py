@@ -124,7 +124,7 @@ def _rewrite(shape: PrefillShape, from_s, to_s, own) -> None:
     for r in range(0, shape.tiles.kv_tile, ROW_TILE):
         for c in range(0, shape.head_dim, ROW_TILE):
             square = pl.ds(r, ROW_TILE), pl.ds(c, ROW_TILE)
-            values = plgpu.load(from_s.at[square], layout=LAYOUT, optimized=not shape.float8).astype(shape.dtype)
+            values = plgpu.load(from_s.at[square], (), layout=LAYOUT, optimized=not shape.float8).astype(shape.dtype)
             position = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=LAYOUT)
             to_s.at[square][...] = jnp.where(position < own - r, values, jnp.zeros_like(values))
     plgpu.commit_smem()

@@ -44,7 +44,7 @@ class Runtime(Protocol):
 
     def load(self, source: str, progress: Callable[[str], None]) -> None: ...
 
-    def compile(self, *keys: ProgramKey) -> None: ...
+    def compile(self, *keys: ProgramKey) -> str | None: ...
 
     def run(self, key: ProgramKey, inputs: np.ndarray | None) -> dict[str, Any] | None: ...
 
@@ -207,11 +207,13 @@ def _execute(runtime: Runtime | None, command: dict[str, Any], channel: Channel)
         runtime.load(command["path"], progress)  # what is wrong with a checkpoint is told without the compiler's wait
         for key in keys:
             progress(compiling_line(key))
-        compiling.result()
+        if line := compiling.result():
+            progress(line)
         pool.shutdown()
         return None
     if kind == "compile":
-        return runtime.compile(*(ProgramKey(*key) for key in command["keys"]))
+        runtime.compile(*(ProgramKey(*key) for key in command["keys"]))
+        return None
     if kind == "run":
         return runtime.run(ProgramKey(*command["key"]), command.get("inputs"))
     raise SequenceMismatchError(f"command kind: expected init, load, compile, run or stop, got {str(kind)[:40]!r}")

@@ -6,12 +6,13 @@ import numpy as np
 
 
 def tensor_share(
-    shape: Sequence[int], axes: Sequence[str | None], size: int, rank: int
+    shape: Sequence[int], axes: Sequence[str | None], size: int, rank: int, block: int = 1
 ) -> tuple[tuple[slice, ...], tuple[int, ...]]:
     """The slices of one tensor rank, and the shape that its part is padded to.
 
     "heads" and "mlp" split evenly; "kv_heads" splits evenly or, with more ranks than heads, each head stands on
-    size / heads ranks; "vocab" is padded with zeros to a multiple; "expert" is left whole (a placement cuts it).
+    size / heads ranks; "vocab" is padded with zeros to a multiple; "expert" is left whole (a placement cuts it). A
+    share of "mlp" is a multiple of `block`, where it is not the whole.
 
     Returns:
       One slice an axis of the whole array, and the shape of the part (larger than the slices only along "vocab").
@@ -37,6 +38,11 @@ def tensor_share(
                 f"tensor parallelism over {axis}: expected {rule} of {length} as the tensor size, got {size}"
             )
         width = length // count
+        if axis == "mlp" and count > 1 and width % block:
+            raise ValueError(
+                f"tensor parallelism over {axis}: expected shares of whole blocks of {block}, got {width} "
+                f"({length} over {size})"
+            )
         slices.append(slice(index * width, (index + 1) * width))
         part.append(width)
     return tuple(slices), tuple(part)

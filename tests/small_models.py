@@ -27,7 +27,8 @@ def random_model(config: ModelConfig = AWKWARD, seed: int = 0) -> Model:
     """Random weights, with experts loud enough that a wrong route changes the tokens."""
     model = Model(config, nnx.Rngs(seed))
     for layer in model.experts.layers:
-        layer.down_proj[...] = layer.down_proj[...] * 4
+        loud = layer.down_scales if config.expert_dtype == "fp8" else layer.down_proj
+        loud[...] = loud[...] * 4
     return model
 
 

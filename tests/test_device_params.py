@@ -32,11 +32,9 @@ class NumberedSource:
         self.reads.append((role, path))
         return self.arrays[role][path][index if index is not None else ...]
 
-    def read_experts(self, path, expert_ids, mlp=None):
+    def read_experts(self, path, expert_ids, index=None):
         self.reads.append(("expert", path))
-        array = self.arrays["expert"][path][list(expert_ids)]
-        mlp = mlp or slice(None)
-        return array[:, mlp] if path.endswith("down_proj") else array[:, :, mlp]
+        return self.arrays["expert"][path][list(expert_ids)][(slice(None), *(index or ()))]
 
 
 def cell_of(model: ModelConfig, mesh: MeshConfig) -> CellConfig:

@@ -29,6 +29,15 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         "dtype": c.dtype,
         "torch_dtype": c.dtype,
     }
+    if c.expert_dtype == "fp8":
+        shared["quantization_config"] = {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "weight_block_size": [128, 128],
+            # We keep all but the experts in the model's dtype; a reader of ours looks at each tensor.
+            "modules_to_not_convert": ["lm_head", "self_attn", "gate"],
+        }
     result = shared | (_dbrx(c) if c.family == "dbrx" else _llama_like(c)) | rope
     if (back := ModelConfig.from_hf(result)) != c:
         lost = [name for name in c.__dataclass_fields__ if getattr(back, name) != getattr(c, name)]

@@ -1,6 +1,16 @@
 """Names that Mixtral and Qwen3-MoE checkpoints share: everything but router and experts, and the fused expert form."""
 
-from jmoe.checkpoints.layout import AttentionMap, ExpertMap, Piece, head_bias, heads_in, heads_out, transposed, whole
+from jmoe.checkpoints.layout import (
+    AttentionMap,
+    ExpertMap,
+    Piece,
+    head_bias,
+    heads_in,
+    heads_out,
+    scaled,
+    transposed,
+    whole,
+)
 from jmoe.config import ModelConfig
 
 
@@ -44,9 +54,13 @@ def separate_expert_map(c: ModelConfig, experts: str, names: tuple[str, str, str
     for j, layer in enumerate(c.moe_layers):
         theirs = [f"model.layers.{layer}.{experts}.{e}." for e in range(c.num_experts)]
         wide, back = (c.hidden_size, c.expert_ffn_size), (c.expert_ffn_size, c.hidden_size)
-        pieces[f"layers.{j}.gate_proj"] = tuple(transposed(f"{t}{gate}.weight", *wide) for t in theirs)
-        pieces[f"layers.{j}.up_proj"] = tuple(transposed(f"{t}{up}.weight", *wide) for t in theirs)
-        pieces[f"layers.{j}.down_proj"] = tuple(transposed(f"{t}{down}.weight", *back) for t in theirs)
+        for ours, name, size in (("gate", gate, wide), ("up", up, wide), ("down", down, back)):
+            stored = [f"{t}{name}.weight" for t in theirs]
+            if c.expert_dtype == "model":
+                pieces[f"layers.{j}.{ours}_proj"] = tuple(transposed(s, *size) for s in stored)
+                continue
+            pairs = zip(*(scaled(s, *size) for s in stored), strict=True)
+            pieces[f"layers.{j}.{ours}_proj"], pieces[f"layers.{j}.{ours}_scales"] = pairs
     return pieces
 
 
@@ -72,9 +86,7 @@ def fused_expert_map(c: ModelConfig) -> ExpertMap:
                 for e in range(experts)
             )
         pieces[f"layers.{j}.down_proj"] = tuple(
-            Piece(
-                fused_name(layer, "down_proj"), (experts, hidden, ffn), ((), (hidden,), (ffn,)), (1, 0), (e, 0, 0)
-            )
+            Piece(fused_name(layer, "down_proj"), (experts, hidden, ffn), ((), (hidden,), (ffn,)), (1, 0), (e, 0, 0))
             for e in range(experts)
         )
     return pieces

@@ -2,11 +2,24 @@
 
 import dataclasses
 import math
-from typing import TypeAlias
+import pathlib
+from typing import Literal, Protocol, TypeAlias
 
+import ml_dtypes
 import numpy as np
 
-from jmoe.checkpoints.safetensors_reader import TensorFiles
+BLOCK = 128  # rows and columns of one scale
+SCALES = "_scale_inv"  # behind a weight's name: what its float8 values are multiplied by
+
+
+class Files(Protocol):
+    """What a piece is read from: `TensorFiles`, or their dequantised view."""
+
+    folder: pathlib.Path
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,6 +34,7 @@ class Piece:
       stored: its whole shape.
       groups, offsets: as above, one of each a stored axis; at most two axes a group.
       order: the transposition from view to ours.
+      dtype: of our array; None is the model's.
     """
 
     name: str
@@ -28,6 +42,12 @@ class Piece:
     groups: tuple[tuple[int, ...], ...]
     order: tuple[int, ...]
     offsets: tuple[int, ...] = ()
+    dtype: Literal["float8_e4m3fn", "float32"] | None = None
+
+    def numpy_dtype(self, model_dtype: str) -> np.dtype:
+        """Of our array, as numpy knows it (ml_dtypes' for the short ones)."""
+        name = self.dtype or model_dtype
+        return np.dtype(getattr(ml_dtypes, name, None) or name)
 
     @property
     def view(self) -> tuple[int, ...]:
@@ -43,7 +63,7 @@ class Piece:
         offsets = self.offsets or (0,) * len(self.stored)
         return tuple(slice(o, o + math.prod(g)) for o, g in zip(offsets, self.groups, strict=True))
 
-    def read(self, files: TensorFiles, index: tuple[slice, ...]) -> np.ndarray:
+    def read(self, files: Files, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a slice of our array; only the stored rows and columns under it are touched."""
         if files.shape(self.name) != self.stored:
             raise ValueError(f"{files.folder}: {self.name}: expected shape {self.stored}, got {files.shape(self.name)}")
@@ -64,6 +84,8 @@ class Piece:
             sizes += [first.stop - first.start, *group[1:]]
             inner += [slice(None), *rest]
         read = files.read(self.name, tuple(stored_index))
+        if self.dtype == "float8_e4m3fn" and read.dtype.name != self.dtype:
+            raise ValueError(f"{files.folder}: {self.name}: expected {self.dtype}, got {read.dtype.name}")
         return read.reshape(sizes)[tuple(inner)].transpose(self.order)
 
     def write(self, ours: np.ndarray, stored: np.ndarray) -> None:
@@ -100,3 +122,12 @@ def heads_in(name: str, hidden: int, heads: int, head_dim: int) -> Piece:
 def head_bias(name: str, heads: int, head_dim: int) -> Piece:
     """Stored `[heads * H]`; ours is `[heads, H]`."""
     return Piece(name, (heads * head_dim,), ((heads, head_dim),), (0, 1))
+
+
+def scaled(name: str, num_in: int, num_out: int) -> tuple[Piece, Piece]:
+    """Float8 values stored and kept `[out, in]`, and their scales `[ceil(out / 128), ceil(in / 128)]` beside them."""
+    blocks = (-(-num_out // BLOCK), -(-num_in // BLOCK))
+    return (
+        dataclasses.replace(whole(name, num_out, num_in), dtype="float8_e4m3fn"),
+        dataclasses.replace(whole(name + SCALES, *blocks), dtype="float32"),
+    )

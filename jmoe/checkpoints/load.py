@@ -7,8 +7,9 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
+from jmoe.checkpoints.dequantized_files import DequantizedFiles
 from jmoe.checkpoints.hf_names import name_maps
-from jmoe.checkpoints.layout import Piece
+from jmoe.checkpoints.layout import SCALES, Piece
 from jmoe.checkpoints.safetensors_reader import TensorFiles
 from jmoe.config import ModelConfig
 
@@ -20,7 +21,8 @@ class CheckpointReader:
     """Reads parameters of one checkpoint folder, role by role, as `jmoe.models` names and shapes them.
 
     A slice reads its own bytes only: one expert's matrices, one tensor rank's heads. Values are cast to the dtype of
-    `config`, whatever the files hold (float32, float16 or bfloat16).
+    `config`, whatever the files hold (float32, float16, bfloat16, or float8 with a scale a block). Only experts of
+    `expert_dtype` "fp8" stay float8, bit for bit.
 
     Args:
       folder: a Hugging Face checkpoint folder.
@@ -35,7 +37,14 @@ class CheckpointReader:
         self.config = config or ModelConfig.from_hf(folder)
         self.files = TensorFiles(folder)
         self._attention, self._experts = name_maps(self.config, self.files)
+        self._dequantized = DequantizedFiles(self.files)
+        self._expert_files = self._dequantized if self.config.expert_dtype == "model" else self.files
         self._dtype = np.dtype(np.float32 if self.config.dtype == "float32" else ml_dtypes.bfloat16)
+
+    @property
+    def has_scaled_experts(self) -> bool:
+        """Whether the files hold float8 experts with a scale a block."""
+        return next(iter(self._experts.values()))[0].name + SCALES in self.files
 
     def shapes(self, role: Role) -> dict[str, tuple[int, ...]]:
         """Whole shape of every parameter of a role, by path."""
@@ -64,19 +73,20 @@ class CheckpointReader:
         if path not in self._attention:
             raise ValueError(f"expected a parameter of the attention half, got {path!r}")
         piece = self._attention[path]
-        part = piece.read(self.files, _resolve(path, piece.shape, index))
+        part = piece.read(self._dequantized, _resolve(path, piece.shape, index))
         return np.ascontiguousarray(part, self._dtype)
 
-    def read_experts(self, path: str, expert_ids: Sequence[int], mlp: slice | None = None) -> np.ndarray:
+    def read_experts(self, path: str, expert_ids: Sequence[int], index: Index | None = None) -> np.ndarray:
         """Reads some experts' matrices, in the order given, as a node's placement lists them.
 
         Args:
           path: "layers.2.gate_proj" for example; the number counts MoE layers.
           expert_ids: which experts.
-          mlp: the share of the F axis that one tensor rank holds; None for all of it.
+          index: one slice (step 1) an axis of an expert's array, such as the columns of one tensor rank; None for all.
 
         Returns:
-          `[len(expert_ids), D, F']` for gate_proj and up_proj, `[len(expert_ids), F', D]` for down_proj.
+          `[len(expert_ids), D, F']` for gate_proj and up_proj, `[len(expert_ids), F', D]` for down_proj; of float8
+          experts as `jmoe.models.experts` has them.
 
         Raises:
           ValueError: as `read`, or an expert id that the model does not have.
@@ -85,8 +95,6 @@ class CheckpointReader:
         for expert in expert_ids:
             if not 0 <= expert < len(pieces):
                 raise ValueError(f"{path}: expected expert ids of 0 to {len(pieces) - 1}, got {expert}")
-        mlp = mlp or slice(None)
-        index = (mlp, slice(None)) if path.endswith("down_proj") else (slice(None), mlp)
         return self._stack(path, expert_ids, _resolve(path, pieces[0].shape, index))
 
     def close(self) -> None:
@@ -100,9 +108,11 @@ class CheckpointReader:
 
     def _stack(self, path: str, expert_ids: Sequence[int], index: Index) -> np.ndarray:
         # Filled expert by expert: the peak is the result plus one expert's slice.
-        stacked = np.empty((len(expert_ids), *(s.stop - s.start for s in index)), self._dtype)
+        pieces = self._experts[path]
+        dtype = pieces[0].numpy_dtype(self.config.dtype)
+        stacked = np.empty((len(expert_ids), *(s.stop - s.start for s in index)), dtype)
         for row, expert in enumerate(expert_ids):
-            stacked[row] = self._experts[path][expert].read(self.files, index)
+            stacked[row] = pieces[expert].read(self._expert_files, index)
         return stacked
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -118,7 +117,9 @@ def partition(spec: ArraySpec, mesh: Mesh) -> PartitionSpec:
 
 def _abstract(specs: dict[str, ArraySpec], mesh: Mesh, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
     return {
-        path: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, partition(spec, mesh)))
+        path: jax.ShapeDtypeStruct(
+            spec.shape, spec.numpy_dtype(dtype), sharding=NamedSharding(mesh, partition(spec, mesh))
+        )
         for path, spec in specs.items()
     }
 

@@ -2,8 +2,10 @@
 
 import json
 import pathlib
+import struct
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
 
@@ -29,6 +31,7 @@ class TensorFiles:
     def __init__(self, folder: str | pathlib.Path):
         self.folder = pathlib.Path(folder)
         self._files: dict[pathlib.Path, Any] = {}
+        self._headers: dict[pathlib.Path, tuple[int, dict[str, Any]]] = {}
         index, single = self.folder / INDEX_FILE, self.folder / SINGLE_FILE
         if index.is_file():
             self._file_of = _read_index(index)
@@ -45,12 +48,26 @@ class TensorFiles:
         return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Reads part of one tensor: one slice of step 1 an axis, in the stored dtype (bfloat16 as ml_dtypes')."""
+        """Reads part of one tensor: one slice of step 1 an axis, in the stored dtype (the short ones as ml_dtypes')."""
         stored = self._slice(name)
+        if stored.get_dtype() == "F8_E4M3":
+            return self._read_float8(name, index)
         try:
             return stored[index] if index else stored[:]
         except safetensors.SafetensorError as error:
             raise ValueError(f"{self._file_of[name]}: reading {name}: {error}") from None
+
+    def _read_float8(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Through a map of our own: safetensors 0.8 asks numpy for this type, which has none."""
+        path = self._file_of[name]
+        if path not in self._headers:
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                self._headers = {path: (8 + length, json.loads(file.read(length)))}  # one: tensors come file by file
+        start, header = self._headers[path]
+        entry = header[name]
+        raw = np.memmap(path, np.uint8, "r", start + entry["data_offsets"][0], tuple(entry["shape"]))
+        return np.array(raw[index]).view(ml_dtypes.float8_e4m3fn)
 
     def open_all(self) -> None:
         """Opens every file once, so that a missing or truncated one is found now."""

@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -34,7 +33,7 @@ def save_hf(
 
     Args:
       folder: made if need be; files of the same names are replaced, and a `model.safetensors` is deleted.
-      config: the model's facts; its dtype is what is written.
+      config: the model's facts; its dtype is what is written, and float8 for experts of `expert_dtype` "fp8".
       attention, experts: every parameter by path (`Model.arrays_by_path()`), anything that numpy can convert.
       max_shard_bytes: a shard is closed before it would pass this (a larger tensor gets a shard alone).
 
@@ -62,10 +61,10 @@ class _Writer:
     """Builds stored tensors one by one out of our parameters."""
 
     def __init__(self, config: ModelConfig, maps: tuple[AttentionMap, ExpertMap], attention, experts):
-        self.maps, self.params = maps, (attention, experts)
-        self.dtype = np.dtype(np.float32 if config.dtype == "float32" else ml_dtypes.bfloat16)
+        self.maps, self.params, self.config = maps, (attention, experts), config
         self.parts: _Parts = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, np.dtype] = {}
         for path, piece in maps[0].items():
             self._add(piece, ("attention", path, None))
         for path, pieces in maps[1].items():
@@ -76,13 +75,14 @@ class _Writer:
     def _add(self, piece, part) -> None:
         self.parts.setdefault(piece.name, []).append(part)
         self.shapes[piece.name] = piece.stored
+        self.dtypes[piece.name] = piece.numpy_dtype(self.config.dtype)
 
     @property
     def total_bytes(self) -> int:
         return sum(self._num_bytes(name) for name in self.shapes)
 
     def _num_bytes(self, name: str) -> int:
-        return math.prod(self.shapes[name]) * self.dtype.itemsize
+        return math.prod(self.shapes[name]) * self.dtypes[name].itemsize
 
     def plan(self, max_shard_bytes: int) -> list[list[str]]:
         """Tensor names of each shard, a new one also where the role changes."""
@@ -99,19 +99,19 @@ class _Writer:
 
     def tensor(self, name: str) -> np.ndarray:
         """One stored tensor, assembled of its parts."""
-        stored = np.empty(self.shapes[name], self.dtype)
+        stored = np.empty(self.shapes[name], self.dtypes[name])
         for role, path, expert in self.parts[name]:
             if expert is None:
-                self.maps[0][path].write(self._host(role, path), stored)
+                self.maps[0][path].write(self._host(role, path, stored.dtype), stored)
             else:
-                self.maps[1][path][expert].write(self._host(role, path)[expert], stored)
+                self.maps[1][path][expert].write(self._host(role, path, stored.dtype)[expert], stored)
         return stored
 
-    def _host(self, role: str, path: str) -> np.ndarray:
+    def _host(self, role: str, path: str, dtype: np.dtype) -> np.ndarray:
         # A layer's experts come one after another out of one parameter: convert it once.
         key = f"{role}.{path}"
         if self._converted[0] != key:
-            self._converted = key, np.asarray(self.params[role == "expert"][path]).astype(self.dtype, copy=False)
+            self._converted = key, np.asarray(self.params[role == "expert"][path]).astype(dtype, copy=False)
         return self._converted[1]
 
 

@@ -49,14 +49,16 @@ class Model(nnx.Module):
 
 def random_params(config: ModelConfig, rngs: nnx.Rngs | None) -> Make:
     """Normal weights of standard deviation fan_in^-1/2; norm scales are ones."""
-    dtype = jnp.dtype(config.dtype)
 
     def make(path: str, spec: ArraySpec) -> nnx.Param:
         del path
+        dtype = spec.numpy_dtype(config.dtype)
         if spec.fan_in == 0:
-            return nnx.Param(jnp.ones(spec.shape, dtype))
+            return nnx.Param(jnp.full(spec.shape, spec.fill, dtype))
         assert rngs is not None
-        return nnx.Param(jax.random.normal(rngs.params(), spec.shape, dtype) * jnp.asarray(spec.fan_in**-0.5, dtype))
+        drawn = jnp.dtype(config.dtype)  # float8 numbers are drawn in the model's type and rounded
+        normal = jax.random.normal(rngs.params(), spec.shape, drawn) * jnp.asarray(spec.fan_in**-0.5, drawn)
+        return nnx.Param(normal.astype(dtype))
 
     return make
 
@@ -72,7 +74,7 @@ def array_specs(config: ModelConfig) -> tuple[dict[str, ArraySpec], dict[str, Ar
     def collect(into: dict[str, ArraySpec]) -> Make:
         def make(path: str, spec: ArraySpec) -> nnx.Param:
             into[path] = spec
-            return nnx.Param(jax.ShapeDtypeStruct(spec.shape, jnp.dtype(config.dtype)))
+            return nnx.Param(jax.ShapeDtypeStruct(spec.shape, spec.numpy_dtype(config.dtype)))
 
         return make
 

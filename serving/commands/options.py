@@ -44,8 +44,13 @@ def add_cell_options(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--page-len", type=int, help="tokens of one KV page")
     sizes.add_argument("--num-pages", type=int, help="KV pages of one replica")
     sizes.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and activations")
+    sizes.add_argument(
+        "--quantization", choices=("fp8", "none"), help="of expert weights (default: as the checkpoint has them)"
+    )
+    sizes.add_argument("--kv-dtype", choices=("auto", "fp8"), help="of KV pages (default auto: as --dtype)")
     where = parser.add_argument_group("where it runs")
     where.add_argument("--executor", choices=("auto", "inline", "processes"), default="auto")
+    where.add_argument("--kernels", choices=("auto", "xla", "pallas"), help="of attention and experts (default auto)")
     where.add_argument("--platform", choices=("auto", "cpu", "gpu"), default="auto")
 
 
@@ -96,6 +101,10 @@ def cell_sizes(args: argparse.Namespace, **defaults: Any) -> CellSizes:
 
         plan = read_plan(args.plan)
         defaults |= {"rows": plan.rows, "num_pages": plan.num_pages, "page_len": plan.page_len}
+        if plan.precision.get("weight_bytes") == 1:
+            defaults["quantization"] = "fp8"
+        if plan.precision.get("kv_bytes") == 1:
+            defaults["kv_dtype"] = "fp8"
     try:
         return CellSizes(**(defaults | {n: v for n in _SIZES if (v := getattr(args, n)) is not None}))
     except ValueError as error:

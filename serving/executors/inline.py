@@ -40,17 +40,16 @@ class InlineExecutor:
         self.cell = cell
         devices = start_jax(platform, cell.mesh.num_devices)
         from jmoe.cell_runtime import CellRuntime
-        from jmoe.device_params import ArraySource
 
         runtime = CellRuntime(cell, devices, "colocated" if cell.mesh.colocated else "inline")
         self._runtime: CellRuntime | None = runtime
-        source = model if isinstance(model, (str, os.PathLike)) else ArraySource(*model.arrays_by_path())
         with ThreadPoolExecutor(1, "jmoe-compile") as pool:  # also after a bad checkpoint: a compiler can't be stopped
             compiling = pool.submit(runtime.compile, *programs)
-            runtime.load(source, progress)
+            runtime.load(model, progress)
             for key in programs:  # told now: it is what is waited for from here on
                 progress(compiling_line(key))
-            compiling.result()
+            if line := compiling.result():
+                progress(line)
 
     def compile(self, keys: Sequence[ProgramKey], progress: Callable[[str], None]) -> None:
         for key in keys:

@@ -194,7 +194,7 @@ def interpreted(monkeypatch):
     ],
 )
 def test_the_kernel_interpreted(interpreted, rows, heads, head_dim, page_len, options):
-    batch = batch_of(rows, *heads, head_dim, page_len, gap=2)
+    batch = batch_of(rows, heads[0], heads[1], head_dim, page_len, gap=2)
     sinks = options.pop("sinks", None)
     given = None if sinks is None else jnp.asarray(sinks, jnp.float32)
     arguments = batch.arguments("bfloat16")
@@ -217,6 +217,7 @@ def test_the_kernel_compiled_for_hopper():
     arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
     function = functools.partial(ragged_paged_attention, implementation="pallas")
     text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).compile().as_text()
+    assert text is not None
     entry = text[text.index("\nENTRY ") :]
     assert entry.count('custom_call_target="mosaic_gpu') == 2
     assert not [line for line in entry.splitlines() if " copy(" in line and "bf16[" in line]
@@ -234,7 +235,7 @@ def test_the_kernel_compiled_for_hopper():
 )
 def test_the_kernel_on_a_gpu(heads, head_dim, page_len, options):
     rows = (*ROWS, (2047, 1), (1000, 130), (0, 257), (31, 64))
-    batch = batch_of(rows, *heads, head_dim, page_len, gap=1)
+    batch = batch_of(rows, heads[0], heads[1], head_dim, page_len, gap=1)
     sinks = options.get("sinks")
     options = {key: value for key, value in options.items() if key != "sinks"}
     got, again = (run("pallas", batch.arguments("bfloat16"), sinks, **options) for _ in range(2))
