@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class CellRuntime:
-    """Holds one role's share of a cell, or with role "inline" both roles on the devices of one process.
+    """Holds one role's share of a cell, or with roles "inline" and "colocated" both on the devices of this process.
 
     Args:
       cell: sizes; its mesh gives the order of `devices`.
@@ -56,6 +56,11 @@ class CellRuntime:
         self._kernels_told = False
 
     @property
+    def abstract(self) -> AbstractCell:
+        """Shapes of what each device holds."""
+        return self._abstract
+
+    @property
     def has_attention(self) -> bool:
         return self.role != "expert"
 
@@ -69,14 +74,22 @@ class CellRuntime:
         """
         if isinstance(source, (str, os.PathLike, Model)):
             source = weights_source(source, self.cell.model)
-        if self.role != "expert":
-            self._attention = self._params.place("attention", source, progress)
-        if self.role != "attention":
-            self._experts = self._params.place("expert", source, progress)
+        attention = self._params.place("attention", source, progress) if self.role != "expert" else {}
+        experts = self._params.place("expert", source, progress) if self.role != "attention" else {}
+        self.adopt(attention, experts)
+
+    def adopt(self, attention: dict[str, jax.Array], experts: dict[str, jax.Array]) -> None:
+        """Takes arrays over the joint mesh as this process's weights (`AbstractCell.params`), with empty pages."""
+        self._attention, self._experts = attention, experts
         self._state = DeviceState(
             sequence=self._filled((), np.int32),
             pages=self._empty_pages() if self.has_attention else None,
         )
+
+    def close(self) -> None:
+        """Lets go of weights, pages and programs."""
+        self._attention, self._experts, self._state = {}, {}, None
+        self._programs.clear()
 
     def compile(self, *keys: Key) -> str | None:
         """Compiles programs for this process's devices, each once, several at a time (XLA leaves Python's lock).
@@ -95,7 +108,7 @@ class CellRuntime:
             return None
         self._kernels_told = True
         ops = {"expert": "expert_ffn", "attention": "paged_attention"}
-        played = [op for role, op in ops.items() if self.role in (role, "inline")]
+        played = [op for role, op in ops.items() if self.role in (role, "inline", "colocated")]
         line = f"kernels: {', '.join(f'{op} {self.cell.implementation or last_choice(op)}' for op in played)}"
         logger.info(line)
         return line

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 from jmoe.cell_config import CellConfig
 from jmoe.models.attention import AttentionHalf
 from jmoe.models.experts import ExpertHalf
-from jmoe.pallas_kernels.paged_attention import paged_attention, write_pages
+from jmoe.pallas_kernels.paged_attention import paged_attention
+from jmoe.pallas_kernels.place_heads import place_heads
 from jmoe.rows import Rows
 from jmoe.schedule import Stage
 from jmoe.sharding.exchange import Box, Exchange
@@ -25,20 +27,37 @@ Pages = list[tuple[jax.Array, jax.Array]]  # keys and values of each decoder lay
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Lane:
-    """One micro-batch under way on an attention device: residual `[tokens, D]` and the routes of its last dispatch."""
+    """One micro-batch under way on an attention device: residual `[tokens, D]` and the routes of its last dispatch.
+
+    A colocated cell dispatches nothing to another mesh: its lanes have no routes.
+    """
 
     x: jax.Array
-    routes: Routes
+    routes: Routes | None
+
+
+class Chosen(NamedTuple):
+    """What the router of a stage hands to the experts: rows `[tokens, D]`, topk_idx and topk_weights `[tokens, k]`."""
+
+    rows: jax.Array
+    topk_idx: jax.Array
+    topk_weights: jax.Array
 
 
 class AttentionRole:
     """Attention stages over this device's share of the attention half's parameters."""
 
-    def __init__(self, cell: CellConfig, half: AttentionHalf, exchange: Exchange):
+    def __init__(self, cell: CellConfig, half: AttentionHalf, exchange: Exchange | None):
         self.cell = cell
         self.half = half
-        self.exchange = exchange
+        self._exchange = exchange
         self.tensor = TensorGroup.of(cell.mesh, "attention")
+
+    @property
+    def exchange(self) -> Exchange:
+        """The exchange with the expert mesh; a colocated cell has none."""
+        assert self._exchange is not None
+        return self._exchange
 
     def empty_lane(self) -> Lane:
         """A lane with nothing in it: where every micro-batch starts."""
@@ -64,40 +83,60 @@ class AttentionRole:
 
     def stage(self, stage: Stage, lane: Lane, pages: Pages, rows: Rows, inbox: Box | None) -> tuple[Lane, Pages, Box]:
         """Combine of the layer before, attention, router; `pages` are those of `layers_of(stage)`."""
+        routes = lane.routes
+        assert routes is not None
         if inbox is None:
-            x = self.half.embed_tokens(rows.token_ids, self.tensor).reshape(lane.x.shape).astype(lane.x.dtype)
+            x = self.embed(rows)
         else:
-            x = lane.x + self._combine(inbox, lane.routes).astype(lane.x.dtype)
-        routes, box, new_pages = lane.routes, self.exchange.empty_box(), []
+            x = lane.x + self._combine(inbox, routes).astype(lane.x.dtype)
+        x, pages, chosen = self.layers(stage, x, pages, rows)
+        if chosen is None:
+            return Lane(x, routes), pages, self.exchange.empty_box()
         placement = self.exchange.mesh.placement
         assert placement is not None
+        routes = route_rows(
+            chosen.topk_idx, chosen.topk_weights, rows.valid.reshape(-1), rows.positions.reshape(-1),
+            placement, self.exchange.format.capacity,
+        )  # fmt: skip
+        return Lane(x, routes), pages, self._dispatch(chosen.rows, routes)
+
+    def embed(self, rows: Rows) -> jax.Array:
+        """The residual that a pass starts with: `[tokens, D]`."""
+        x = self.half.embed_tokens(rows.token_ids, self.tensor)
+        return x.reshape(-1, x.shape[-1]).astype(self.cell.model.dtype)
+
+    def layers(self, stage: Stage, x: jax.Array, pages: Pages, rows: Rows) -> tuple[jax.Array, Pages, Chosen | None]:
+        """The decoder layers of a stage: the residual behind them, their pages, and what the router at the end chose.
+
+        Nothing is chosen in the last stage, the head's.
+        """
+        chosen, new_pages = None, []
         for layer, kv in zip(self.layers_of(stage), pages, strict=True):
             module = self.half.layers[layer]
-            x, kv = self._attend(module, x, kv, rows)
+            x, kv = self.attend(module, x, kv, rows)
             new_pages.append(kv)
             h = module.ffn_input(x)
             if module.is_dense:
                 x = x + module.dense_ffn(h, self.tensor)
                 continue
-            topk_idx, topk_weights = module.route(h)
-            routes = route_rows(
-                topk_idx, topk_weights, rows.valid.reshape(-1), rows.positions.reshape(-1),
-                placement, self.exchange.format.capacity,
-            )  # fmt: skip
-            box = self._dispatch(h, routes)
-        return Lane(x, routes), new_pages, box
+            chosen = Chosen(h, *module.route(h))
+        return x, new_pages, chosen
 
     def last_hidden(self, lane: Lane, rows: Rows) -> jax.Array:
         """Residual of each row's last valid token: `[rows, D]`."""
         x = lane.x.reshape(*rows.token_ids.shape, -1)
         return jnp.take_along_axis(x, rows.last[:, None, None], axis=1)[:, 0]
 
-    def _attend(self, module, x: jax.Array, kv: tuple[jax.Array, jax.Array], rows: Rows):
+    def attend(self, module, x: jax.Array, kv: tuple[jax.Array, jax.Array], rows: Rows):
         """One layer's attention with its residual; the new keys and values go to their pages first."""
         grid = x.reshape(*rows.token_ids.shape, -1)
-        q, k, v = module.project(grid, rows.positions)
         place = (rows.page_table, rows.start_pos, rows.num_tokens)
-        k_pages, v_pages = write_pages(kv[0], k, *place), write_pages(kv[1], v, *place)
+        (q, k, v), scales = module.heads(grid), module.head_scales()
+        q, k_pages, v_pages = place_heads(
+            q, k, v, scales[0], scales[1], kv[0], kv[1], *place,
+            theta=self.cell.model.rope_theta, eps=self.cell.model.norm_eps,
+            implementation="xla" if self.cell.kernels == "xla" else None,
+        )  # fmt: skip
         heads = paged_attention(
             q, k_pages, v_pages, *place,
             sliding_window=self.cell.model.sliding_window, implementation=self.cell.implementation,
@@ -134,11 +173,21 @@ class AttentionRole:
 class ExpertRole:
     """Expert stages over this device's share of the expert half's parameters."""
 
-    def __init__(self, cell: CellConfig, half: ExpertHalf, exchange: Exchange):
+    def __init__(self, cell: CellConfig, half: ExpertHalf, exchange: Exchange | None):
         self.cell = cell
         self.half = half
-        self.exchange = exchange
+        self._exchange = exchange
         self.tensor = TensorGroup.of(cell.mesh, "expert")
+
+    @property
+    def exchange(self) -> Exchange:
+        """The exchange with the attention mesh; a colocated cell has none."""
+        assert self._exchange is not None
+        return self._exchange
+
+    def partial_sums(self, layer: int, rows: jax.Array, local_idx: jax.Array, topk_weights: jax.Array) -> jax.Array:
+        """One weighted partial sum a row over this device's share of MoE layer `layer`: `[rows, D]` float32."""
+        return self.half.layers[layer](rows, local_idx, topk_weights, self.cell.implementation)
 
     def stage(self, stage: Stage, inbox: Box) -> Box:
         """Every replica's rows through this node's experts; one weighted partial sum a row, in the order received."""
@@ -155,8 +204,7 @@ class ExpertRole:
         topk_weights = rows_at(inbox.topk_weights, first)
         rows = jnp.where(valid.reshape(-1, 1), rows, 0)
         flat = (local_idx.reshape(len(rows), -1), topk_weights.reshape(len(rows), -1))
-        sums = self.half.layers[stage.layer](rows, *flat, self.cell.implementation)
-        sums = self.tensor.sum(sums).astype(f.dtype)
+        sums = self.tensor.sum(self.partial_sums(stage.layer, rows, *flat)).astype(f.dtype)
         slices = sums.reshape(self.cell.mesh.attention, f.capacity, rounds.num_slices, f.width)
         peer, slice_idx = rows_at(jnp.asarray(rounds.peer), device), rows_at(jnp.asarray(rounds.slice_idx), device)
         replica = jnp.maximum(peer, 0)

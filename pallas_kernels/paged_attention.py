@@ -16,6 +16,20 @@ MASKED = -1e30  # finite, so that a row with nothing to attend to yields numbers
 NUM_SMS = 132  # of an H100; for a GPU that isn't there
 
 
+def cells_of(
+    pages_shape: tuple[int, ...], page_table: jax.Array, start_pos: jax.Array, num_tokens: jax.Array, chunk: int
+) -> jax.Array:
+    """Where new tokens stand in a pool seen as `[P * page_len, G, H]`: `[rows, chunk]` int32, in page 0 beyond
+    `num_tokens`. Arguments as in `write_pages`."""
+    page_len = pages_shape[1]
+    offset = jnp.arange(chunk, dtype=jnp.int32)
+    position = start_pos[:, None] + offset
+    column = jnp.minimum(position // page_len, page_table.shape[1] - 1)
+    page = jnp.take_along_axis(page_table, column, axis=1, mode="promise_in_bounds")
+    page = jnp.where(offset < num_tokens[:, None], page, 0)
+    return page * page_len + position % page_len
+
+
 def write_pages(
     pages: jax.Array,
     new: jax.Array,
@@ -37,12 +51,7 @@ def write_pages(
       The pages, updated.
     """
     num_pages, page_len = pages.shape[:2]
-    offset = jnp.arange(new.shape[1], dtype=jnp.int32)
-    position = start_pos[:, None] + offset  # [rows, chunk]
-    column = jnp.minimum(position // page_len, page_table.shape[1] - 1)
-    page = jnp.take_along_axis(page_table, column, axis=1, mode="promise_in_bounds")
-    page = jnp.where(offset < num_tokens[:, None], page, 0)
-    flat = (page * page_len + position % page_len).reshape(-1)
+    flat = cells_of(pages.shape, page_table, start_pos, num_tokens, new.shape[1]).reshape(-1)
     cells = pages.reshape(num_pages * page_len, *pages.shape[2:])
     new = new.reshape(-1, *new.shape[2:])
     if pages.dtype == jnp.float8_e4m3fn:  # beyond its 448 the conversion gives NaN

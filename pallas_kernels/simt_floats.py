@@ -25,8 +25,11 @@ class Float:
         found = llvm.load(kind, pointer.at(index, kind))
         return cls(found if kind == f32 else arith.extf(f32, found))
 
-    def store(self, pointer: Pointer, index: Any) -> None:
-        llvm.store(self.value, pointer.at(index, self.value.type), alignment=4)
+    def store(self, pointer: Pointer, index: Any, element: Any = None) -> None:
+        """As a float32, or rounded to a shorter float."""
+        kind = self.value.type if element is None else element
+        value = self.value if kind == self.value.type else arith.truncf(kind, self.value)
+        llvm.store(value, pointer.at(index, kind))
 
     def __add__(self, other):
         return Float(arith.addf(self.value, other.value))
@@ -34,12 +37,27 @@ class Float:
     def __sub__(self, other):
         return Float(arith.subf(self.value, other.value))
 
+    def __mul__(self, other):
+        return Float(arith.mulf(self.value, other.value))
+
     def __truediv__(self, other):
         """Rounded to nearest: what the compiler makes of a division else is 2 units in the last place off."""
         return Float(_ptx("div.rn.f32 $0, $1, $2;", self, other))
 
     def times(self, factor: float) -> "Float":
         return Float(arith.mulf(self.value, _constant(factor)))
+
+    def plus(self, term: float) -> "Float":
+        return Float(arith.addf(self.value, _constant(term)))
+
+    def rsqrt(self) -> "Float":
+        """1 / sqrt, both rounded to nearest."""
+        return Float(_constant(1.0)) / Float(_ptx("sqrt.rn.f32 $0, $1;", self))
+
+    def rounded(self, element: Any) -> "Float":
+        """To what a shorter float holds."""
+        f32 = ir.F32Type.get()
+        return self if element == f32 else Float(arith.extf(f32, arith.truncf(element, self.value)))
 
     def maximum(self, other: "float | Float") -> "Float":
         return Float(arith.maximumf(self.value, other.value if isinstance(other, Float) else _constant(other)))

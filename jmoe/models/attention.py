@@ -2,12 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jmoe.config import ModelConfig
 from jmoe.models.arrays import ArraySpec, Make
 from jmoe.models.norms import normalize, rotate
 from jmoe.models.router import choose_experts
+from jmoe.pallas_kernels.thin_matmul import thin_matmul
 from jmoe.sharding.tensor_group import TensorGroup
 
 
@@ -48,22 +50,37 @@ class AttentionLayer(nnx.Module):
             self.router = make(path + "router", ArraySpec((c.hidden_size, c.num_experts), (None, None), c.hidden_size))
 
     def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Norm, projections, QK-norm, clamp and rotary: x `[..., D]` -> q `[..., Q, H]`, k and v `[..., G, H]`."""
+        """Norm, projections, clamp, QK-norm and rotary: x `[..., D]` -> q `[..., Q, H]`, k and v `[..., G, H]`."""
         c = self.config
-        x = normalize(x, self.input_norm[...], c.norm, c.norm_eps)
-        q, k, v = (jnp.einsum("...d,dnh->...nh", x, w[...]) for w in (self.q_proj, self.k_proj, self.v_proj))
-        if c.attention_bias:
-            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
-        if c.clip_qkv is not None:
-            q, k, v = (jnp.clip(a, -c.clip_qkv, c.clip_qkv) for a in (q, k, v))
+        q, k, v = self.heads(x)
         if c.qk_norm:
             q = normalize(q, self.q_norm[...], "rms", c.norm_eps)
             k = normalize(k, self.k_norm[...], "rms", c.norm_eps)
         return rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta), v
 
+    def head_scales(self) -> tuple[jax.Array | None, jax.Array | None]:
+        """Scales of the norms over each query and key head; None where there are none."""
+        return (self.q_norm[...], self.k_norm[...]) if self.config.qk_norm else (None, None)
+
+    def heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`project` without QK-norm and rotary, which `place_heads` does beside the write to the pages."""
+        c = self.config
+        x = normalize(x, self.input_norm[...], c.norm, c.norm_eps)
+        weights = [w[...] for w in (self.q_proj, self.k_proj, self.v_proj)]
+        flat = [w.reshape(w.shape[0], -1) for w in weights]
+        product = thin_matmul(x.reshape(-1, x.shape[-1]), flat).reshape(*x.shape[:-1], -1, c.head_dim)
+        q, k, v = jnp.split(product, np.cumsum([w.shape[1] for w in weights])[:2], axis=-2)
+        if c.attention_bias:
+            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+        if c.clip_qkv is not None:
+            q, k, v = (jnp.clip(a, -c.clip_qkv, c.clip_qkv) for a in (q, k, v))
+        return q, k, v
+
     def output(self, heads: jax.Array, tensor: TensorGroup) -> jax.Array:
         """Output projection `[..., Q, H]` -> `[..., D]`, summed over the tensor ranks."""
-        y = tensor.sum(jnp.einsum("...nh,nhd->...d", heads, self.o_proj[...]))
+        o_proj = self.o_proj[...].reshape(-1, self.config.hidden_size)
+        y = thin_matmul(heads.reshape(-1, o_proj.shape[0]), [o_proj]).reshape(*heads.shape[:-2], -1)
+        y = tensor.sum(y)
         return y + self.o_bias[...] if self.config.attention_bias else y
 
     def ffn_input(self, x: jax.Array) -> jax.Array:

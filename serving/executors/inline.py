@@ -41,7 +41,7 @@ class InlineExecutor:
         devices = start_jax(platform, cell.mesh.num_devices)
         from jmoe.cell_runtime import CellRuntime
 
-        runtime = CellRuntime(cell, devices, "inline")
+        runtime = CellRuntime(cell, devices, "colocated" if cell.mesh.colocated else "inline")
         self._runtime: CellRuntime | None = runtime
         with ThreadPoolExecutor(1, "jmoe-compile") as pool:  # also after a bad checkpoint: a compiler can't be stopped
             compiling = pool.submit(runtime.compile, *programs)

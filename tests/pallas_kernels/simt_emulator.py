@@ -132,8 +132,17 @@ class Float:
     def load(cls, pointer, index, element=None):
         return cls(pointer.read(index, np.float32 if element is None else element)[:, 0].astype(np.float32))
 
-    def store(self, pointer, index):
-        pointer.write(index, self.value)
+    def store(self, pointer, index, element=None):
+        pointer.write(index, self.value.astype(np.float32 if element is None else element))
+
+    def plus(self, term):
+        return Float(self.value + np.float32(term))
+
+    def rsqrt(self):
+        return Float(np.float32(1) / np.sqrt(self.value))
+
+    def rounded(self, element):
+        return Float(self.value.astype(element).astype(np.float32))
 
     def times(self, factor):
         return Float(self.value * np.float32(factor))
@@ -146,6 +155,9 @@ class Float:
 
     def __sub__(self, other):
         return Float(self.value - other.value)
+
+    def __mul__(self, other):
+        return Float(self.value * other.value)
 
     def __truediv__(self, other):
         return Float(self.value / other.value)

@@ -1,0 +1,78 @@
+"""A product of few rows with large weights: what decode's projections are, bound by reading the weights once."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Implementation = Literal["xla", "pallas"]
+MAX_ROWS = 128  # beyond, operations count as well
+COLUMNS = 128  # of one tile of the Mosaic form
+TERMS = 64  # of one of its steps
+
+
+def thin_matmul(
+    rows: jax.Array, weights: Sequence[jax.Array], *, implementation: Implementation | None = None
+) -> jax.Array:
+    """rows @ [w_0 | w_1 | ...], summed in float32 and rounded to the rows' dtype.
+
+    Args:
+      rows: `[rows, in]`.
+      weights: one or more of `[in, out_i]`.
+      implementation: "xla", "pallas" (Mosaic GPU: the terms of all columns are shared out among SMs; bfloat16, up to
+        MAX_ROWS rows, out_i multiples of COLUMNS, in of TERMS), None for "xla": on a crowded GPU the other form has
+        proved right but not faster, and on one of its own it has not been timed.
+
+    Returns:
+      `[rows, sum of out_i]`.
+
+    Raises:
+      ValueError: shapes that don't belong together, or an implementation that is unknown or can't run.
+    """
+    weights = tuple(weights)
+    if rows.ndim != 2 or not weights or any(w.ndim != 2 or w.shape[0] != rows.shape[1] for w in weights):
+        raise ValueError(
+            f"thin_matmul: expected rows [rows, in] and weights [in, out_i], got {rows.shape} and "
+            f"{[w.shape for w in weights]}"
+        )
+    why = _why_not(rows, weights)
+    if implementation not in (None, "xla", "pallas"):
+        raise ValueError(f"thin_matmul: expected implementation 'xla', 'pallas' or None, got {implementation!r}")
+    if implementation == "pallas" and why:
+        raise ValueError(f"thin_matmul: 'pallas' expected {why}")
+    return (_pallas if implementation == "pallas" else _xla)(rows, *weights)
+
+
+def _why_not(rows: jax.Array, weights: Sequence[jax.Array]) -> str:
+    """What the Mosaic form can't do; empty if it can."""
+    if any(a.dtype != jnp.bfloat16 for a in (rows, *weights)):
+        return f"bfloat16, got {[str(a.dtype) for a in (rows, *weights)]}"
+    if not 1 <= len(rows) <= MAX_ROWS:
+        return f"1 to {MAX_ROWS} rows, got {len(rows)}"
+    if rows.shape[1] % TERMS or any(w.shape[1] % COLUMNS for w in weights):
+        return f"multiples of {TERMS} terms and {COLUMNS} columns, got {[w.shape for w in weights]}"
+    return ""
+
+
+def _xla(rows: jax.Array, *weights: jax.Array) -> jax.Array:
+    products = [rows @ w for w in weights]
+    return jnp.concatenate(products, axis=1) if len(products) > 1 else products[0]
+
+
+def _pallas(rows: jax.Array, *weights: jax.Array) -> jax.Array:
+    """The kernel; gradients are the XLA form's."""
+    from jmoe.pallas_kernels.thin_matmul_mosaic import thin_matmul_pallas
+
+    @jax.custom_vjp
+    def run(rows, *weights):
+        return thin_matmul_pallas(rows, weights)
+
+    def forward(*arrays):
+        return run(*arrays), arrays
+
+    def backward(arrays, cotangent):
+        return jax.vjp(_xla, *arrays)[1](cotangent)
+
+    run.defvjp(forward, backward)
+    return run(rows, *weights)
