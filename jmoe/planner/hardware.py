@@ -30,6 +30,8 @@ class Kernels:
     nic_fraction: float
     nic_latency_us: float
     usable_memory: float
+    step_host_us: float = 0.0
+    nccl_costs: bool = False
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -117,6 +119,11 @@ class GpuKind:
     @property
     def stage_overhead_s(self) -> float:
         return self.kernels.stage_overhead_us * 1e-6
+
+    @property
+    def step_host_s(self) -> float:
+        """What the host adds between two decode steps."""
+        return self.kernels.step_host_us * 1e-6
 
 
 class Catalogue(Mapping[str, GpuKind]):
