@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jmoe.planner.collectives import collective_s
 from jmoe.planner.deployment import Problem, largest_rows
 from jmoe.planner.expert_placement import PlacedExperts
 from jmoe.planner.formulas import head_time
 from jmoe.planner.hardware import GpuKind
-from jmoe.planner.performance import Memory, Roofline, collective_s, distinct_nodes, drawn_excess
+from jmoe.planner.performance import Memory, Roofline, distinct_nodes, drawn_excess
 
 Mode = Literal["tensor", "pipeline", "wide"]
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from jmoe.planner.baselines import BaselineOptions, Engine, baselines, engines
+from jmoe.planner.collectives import collective_s
 from jmoe.planner.deployment import Problem
 from jmoe.planner.hardware import load_catalogue
 from jmoe.planner.model_shape import load_model_shape
-from jmoe.planner.performance import Memory, Roofline, collective_s
+from jmoe.planner.performance import Memory, Roofline
 from jmoe.planner.table import find, rank
 from jmoe.planner.workload import Workload
 

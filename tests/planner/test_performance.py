@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from jmoe.planner.collectives import collective_s
 from jmoe.planner.hardware import load_catalogue
 from jmoe.planner.model_shape import load_model_shape
 from jmoe.planner.nccl_cost import nccl_all_reduce_s
@@ -14,7 +15,6 @@ from jmoe.planner.performance import (
     Precision,
     Roofline,
     balanced_replicas,
-    collective_s,
     distinct_nodes,
     drawn_excess,
     linear_constants,
