@@ -107,7 +107,7 @@ def test_a_histogram_places_experts(plan, tmp_path):
     counts = [2000, 1500] + [100] * 14
     path = tmp_path / "counts.json"
     path.write_text(json.dumps(counts))
-    args = ("--model", "dbrx", "--gpus", "h20:8,l40s:24")
+    args = ("--model", "dbrx", "--gpus", "h20:8,a800:16")
     assert plan(*args, "--histogram", str(path))[0] == 0
     placed = read_plan(tmp_path / "plan.json")
     placement = placed.mesh.placement
