@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jmoe.planner.collectives import collective_s
 from jmoe.planner.deployment import Problem, largest_rows
 from jmoe.planner.expert_placement import PlacedExperts
 from jmoe.planner.formulas import head_time
 from jmoe.planner.hardware import GpuKind
-from jmoe.planner.performance import Memory, Roofline, collective_s, distinct_nodes
+from jmoe.planner.performance import Memory, Roofline, distinct_nodes, drawn_excess
 
 Mode = Literal["tensor", "pipeline", "wide"]
 
@@ -103,12 +104,22 @@ class Engine:
         # Ranks of one engine share every request; for the replicas of "wide" the mean context flatters the baseline.
         context = problem.context[0] * problem.workload.attention_imbalance
         attention = times.attention_s(rows, context, self.ranks)
-        pairs = rows * self.replicas * model.num_experts_per_tok * self._share
+        share = np.minimum(self._share * self._drawn_excess(rows), 1.0)
+        pairs = rows * self.replicas * model.num_experts_per_tok * share
         expert = times.expert_products_s(pairs, self.local_experts, self.expert_ranks) + self.gpu.stage_overhead_s
         if self.mode != "wide":
             hidden = rows * model.hidden_size * 2
             return attention, expert + collective_s(self.gpu, hidden, self.ranks), np.zeros_like(rows, float)
         return attention, expert, self._all_to_all(rows)
+
+    def _drawn_excess(self, rows: np.ndarray) -> np.ndarray | float:
+        """Chance excess of the busiest node, where the workload asks for it; none where every GPU has every expert."""
+        model = self.problem.model
+        if not self.problem.workload.drawn_routing:
+            return 1.0
+        return drawn_excess(
+            model.num_experts, model.num_experts_per_tok, self.local_experts, self.expert_nodes, rows * self.replicas
+        )
 
     def _all_to_all(self, rows: np.ndarray) -> np.ndarray:
         """One way: every GPU sends its rows once to each other node that needs them."""
@@ -116,7 +127,7 @@ class Engine:
         copies = distinct_nodes(model.num_experts, model.num_experts_per_tok, self.expert_nodes)
         row_bytes = model.hidden_size * max(precision.dispatch_bytes, precision.combine_bytes)
         sent = rows * copies * (1 - 1 / self.expert_nodes) * row_bytes / self.ranks
-        sent = sent * max(1.0, self._share * self.expert_nodes)
+        sent = sent * np.maximum(1.0, self._share * self.expert_nodes * self._drawn_excess(rows))
         if self.num_gpus <= gpu.scale_up_domain:
             return sent / gpu.scale_up_bytes_s + gpu.kernels.scale_up_latency_us * 1e-6
         inside = gpu.scale_up_domain / self.num_gpus
@@ -135,7 +146,7 @@ class Engine:
         dense = model.num_dense_layers * times.dense_s(rows, context, self.ranks) if model.num_dense_layers else 0.0
         head = head_time(self.micro_batches, times.head_s(rows, self.ranks), compute)
         # A pipeline of s stages holds s batches of rows requests; each passes all stages for one token.
-        return model.num_moe_layers * layer + self.micro_batches * dense + head
+        return model.num_moe_layers * layer + self.micro_batches * dense + head + self.gpu.step_host_s
 
 
 def baselines(problem: Problem, options: BaselineOptions = BaselineOptions()) -> Any:

@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length-sigma", type=float, default=0.0, help="spread of log-normal lengths (default 0)")
     parser.add_argument("--trace", help="JSON lines or CSV with prompt_len and output_len, instead of the lengths")
     parser.add_argument("--expert-imbalance", type=float, default=1.0, help="busiest node's rows over the mean")
+    parser.add_argument(
+        "--routing", choices=("even", "drawn"), default="even", help="drawn: the busiest node has its chance excess too"
+    )
     parser.add_argument("--histogram", help="JSON list of rows by expert: replicate and place experts by it")
     parser.add_argument("--weights", choices=tuple(_BYTES), default="bf16")
     parser.add_argument("--kv", choices=tuple(_BYTES), default="bf16")
@@ -73,7 +76,9 @@ def _problem(args: argparse.Namespace) -> Problem:
         workload = Workload.lognormal(args.prompt_len, args.output_len, args.length_sigma, slo_s)
     else:
         workload = Workload((round(args.prompt_len),), (round(args.output_len),), slo_s)
-    workload = dataclasses.replace(workload, expert_imbalance=args.expert_imbalance)
+    workload = dataclasses.replace(
+        workload, expert_imbalance=args.expert_imbalance, drawn_routing=args.routing == "drawn"
+    )
     precision = Precision(_BYTES[args.weights], _BYTES[args.kv], _BYTES[args.dispatch])
     profiles = read_profiles(args.profile)
     for profile in profiles.values():

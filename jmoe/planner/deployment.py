@@ -18,6 +18,7 @@ from jmoe.planner.performance import (
     StageTimes,
     Transport,
     distinct_nodes,
+    drawn_excess,
 )
 from jmoe.planner.workload import Workload, busiest_replica
 
@@ -142,14 +143,26 @@ class Deployment:
         attention = times.attention_s(rows, self._busiest_context(rows), self.attention_tensor)
         pairs = rows * self.num_replicas * model.num_experts_per_tok
         copies = distinct_nodes(model.num_experts, model.num_experts_per_tok, self.num_nodes)
-        tokens = rows * self.num_replicas * np.minimum(copies * self._imbalance / self.num_nodes, 1.0)
-        expert = times.expert_s(pairs * self.node_share, self.local_experts, self.expert_tensor, tokens)
+        excess = self._drawn_excess(rows)
+        imbalance = self._imbalance * excess
+        tokens = rows * self.num_replicas * np.minimum(copies * imbalance / self.num_nodes, 1.0)
+        busiest = pairs * np.minimum(self.node_share * excess, 1.0)
+        expert = times.expert_s(busiest, self.local_experts, self.expert_tensor, tokens)
         exchange = ExchangeModel(model, self.attention_gpu, self.expert_gpu, problem.precision, self.transport)
         wire = times.exchange_s(
             exchange, rows, self.num_replicas, self.num_nodes, self.attention_tensor, self.expert_tensor,
-            self._imbalance, self.one_domain,
+            imbalance, self.one_domain,
         )  # fmt: skip
         return attention, expert, wire
+
+    def _drawn_excess(self, rows: np.ndarray) -> np.ndarray | float:
+        """Chance excess of the busiest node, where the workload asks for it."""
+        model = self.problem.model
+        if not self.problem.workload.drawn_routing:
+            return 1.0
+        return drawn_excess(
+            model.num_experts, model.num_experts_per_tok, self.local_experts, self.num_nodes, rows * self.num_replicas
+        )
 
     def _busiest_context(self, rows: np.ndarray) -> np.ndarray:
         """Mean context on the replica that a stage waits for."""
@@ -170,7 +183,8 @@ class Deployment:
             context = problem.context[0] * problem.workload.attention_imbalance
             total = total + m * model.num_dense_layers * times.dense_s(rows, context, self.attention_tensor)
         slowest = np.maximum(np.maximum(attention, expert), exchange)
-        return total + head_time(m, times.head_s(rows, self.attention_tensor), slowest)
+        heads = head_time(m, times.head_s(rows, self.attention_tensor), slowest)
+        return total + heads + self.attention_gpu.step_host_s
 
 
 def expert_slots(problem: Problem, gpu: GpuKind, tensor: int) -> int:

@@ -30,6 +30,8 @@ class Kernels:
     nic_fraction: float
     nic_latency_us: float
     usable_memory: float
+    step_host_us: float = 0.0
+    nccl_costs: bool = False
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -47,7 +49,7 @@ class GpuKind:
     """One kind of GPU, its host and its links (units in the names; the catalogue's header explains each).
 
     Raises:
-      ValueError: a quantity that is not positive (fp8_tflops may be 0).
+      ValueError: a quantity that is not positive (fp8_tflops and product_share may be 0).
     """
 
     name: str
@@ -65,16 +67,17 @@ class GpuKind:
     memory_fraction: float
     kernels: Kernels
     fp8_tflops: float = 0.0
+    product_share: float = 0.0
     notes: str = ""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, bool) or (isinstance(value, int | float) and not value > 0):
-                if field.name == "fp8_tflops" and value == 0:
+                if field.name in ("fp8_tflops", "product_share") and value == 0:
                     continue
                 raise ValueError(f"[gpus.{self.name}] {field.name}: expected a positive number, got {value!r}")
-        for name in ("matmul_fraction", "memory_fraction"):
+        for name in ("matmul_fraction", "memory_fraction", "product_share"):
             if getattr(self, name) > 1:
                 raise ValueError(f"[gpus.{self.name}] {name}: expected a share of at most 1, got {getattr(self, name)}")
 
@@ -91,7 +94,7 @@ class GpuKind:
     def product_flops_s(self, weight_bytes: float) -> float:
         """Operations a second of a decode kernel's products, for weights of that many bytes an element."""
         rate = self.fp8_tflops if weight_bytes <= 1 and self.fp8_tflops else self.bf16_tflops
-        return rate * 1e12 * self.matmul_fraction * self.kernels.product_fraction
+        return rate * 1e12 * (self.product_share or self.matmul_fraction * self.kernels.product_fraction)
 
     @property
     def scale_up_bytes_s(self) -> float:
@@ -117,6 +120,11 @@ class GpuKind:
     @property
     def stage_overhead_s(self) -> float:
         return self.kernels.stage_overhead_us * 1e-6
+
+    @property
+    def step_host_s(self) -> float:
+        """What the host adds between two decode steps."""
+        return self.kernels.step_host_us * 1e-6
 
 
 class Catalogue(Mapping[str, GpuKind]):

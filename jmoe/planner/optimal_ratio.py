@@ -92,6 +92,7 @@ def simulate_bundle(
     max_ratio: int,
     num_steps: int,
     seed: int = 0,
+    far_apart: bool = False,
 ) -> np.ndarray:
     """Tokens a second and instance for r = 1..max_ratio, from drawn requests (geometric lengths, refilled at once).
 
@@ -103,6 +104,8 @@ def simulate_bundle(
         change (a slot's context is correlated over a whole answer).
       num_steps: steps averaged; the start is already steady.
       seed: of the draws.
+      far_apart: average steps that are many answers apart instead of consecutive ones. Lives are memoryless, so the
+        state is a fresh draw each time; consecutive steps share theirs for an answer's life, 1,500 may be two draws.
 
     Returns:
       `[max_ratio]`, throughput at r - 1.
@@ -119,6 +122,10 @@ def simulate_bundle(
         tokens = np.sort((prompt + made).sum(1))
         attention = times.attention_slope * tokens + times.attention_fixed
         total += (is_fullest * np.maximum(attention[None, :], other[:, None])).sum(1)
+        if far_apart:
+            prompt = rng.geometric(1 / mean_prompt, shape)
+            made = rng.geometric(1 / mean_output, shape) - 1
+            continue
         ends = rng.random(shape) < 1 / mean_output
         made = np.where(ends, 0, made + 1)
         prompt = np.where(ends, rng.geometric(1 / mean_prompt, shape), prompt)

@@ -10,8 +10,10 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jmoe.planner.collectives import collective_s
 from jmoe.planner.hardware import GpuKind
 from jmoe.planner.model_shape import ModelShape
+from jmoe.planner.workload import expected_largest
 
 Transport = Literal["exact", "ppermute"]
 
@@ -142,26 +144,6 @@ class Roofline:
         return gpu.stage_overhead_s + collective_s(gpu, rows * self.model.hidden_size * 2, tensor)
 
 
-def collective_s(gpu: GpuKind, num_bytes: ArrayLike, ranks: int) -> np.ndarray:
-    """An all-reduce of num_bytes over `ranks` GPUs: 2 (n - 1) / n of the bytes over each GPU's link, one latency.
-
-    An all-gather in front of a stage and a reduce-scatter behind it move the same bytes. Past one scale-up domain it
-    is hierarchical: reduce-scatter inside, all-reduce of each GPU's share over its NIC, all-gather inside.
-    """
-    num_bytes = np.asarray(num_bytes, np.float64)
-    if ranks == 1:
-        return np.zeros_like(num_bytes)
-    inside = min(ranks, gpu.scale_up_domain)
-    latency = gpu.kernels.collective_latency_us * 1e-6
-    time = latency + 2 * (inside - 1) / inside * num_bytes / gpu.scale_up_bytes_s
-    domains = -(-ranks // inside)
-    if domains > 1:
-        share = num_bytes / inside
-        time = time + latency + 2 * (domains - 1) / domains * share / gpu.nic_bytes_s
-        time = time + gpu.kernels.nic_latency_us * 1e-6
-    return time
-
-
 def distinct_nodes(num_experts: int, num_experts_per_tok: int, num_nodes: ArrayLike) -> np.ndarray:
     """Expected number of different expert nodes that a token's k different experts stand on, under even routing.
 
@@ -173,6 +155,29 @@ def distinct_nodes(num_experts: int, num_experts_per_tok: int, num_nodes: ArrayL
     for i in range(num_experts_per_tok):
         none = none * np.maximum(num_experts - local - i, 0.0) / (num_experts - i)
     return np.minimum(nodes, num_experts) * (1 - none)
+
+
+def drawn_excess(
+    num_experts: int, num_experts_per_tok: int, local_experts: ArrayLike, num_nodes: ArrayLike, tokens: ArrayLike
+) -> np.ndarray:
+    """(token, expert) pairs of the busiest of N nodes over their mean, when every token draws its experts evenly.
+
+    A node with l of E experts gets a hypergeometric number of a token's k pairs: mean k l / E, variance
+    k l / E (1 - l / E) (E - k) / (E - 1). T tokens add up to nearly a normal, and a stage waits for the largest of N.
+
+    Args:
+      num_experts, num_experts_per_tok: E and k.
+      local_experts: l; nodes that hold copies of an expert share its pairs evenly.
+      num_nodes: N.
+      tokens: T, of one micro-batch of all replicas.
+
+    Returns:
+      At least 1; 1 for one node.
+    """
+    share = np.minimum(np.asarray(local_experts, np.float64) / num_experts, 1.0)
+    k, tokens = num_experts_per_tok, np.maximum(np.asarray(tokens, np.float64), 1.0)
+    variance = k * share * (1 - share) * (num_experts - k) / max(1, num_experts - 1)
+    return 1.0 + expected_largest(num_nodes) * np.sqrt(variance / tokens) / (k * share)
 
 
 @dataclasses.dataclass(frozen=True)

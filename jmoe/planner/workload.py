@@ -22,6 +22,8 @@ class Workload:
       slo_s: longest time between two tokens of one request.
       expert_imbalance: rows of the busiest expert node over the mean (1 = even).
       attention_imbalance: KV tokens of the fullest attention replica over the mean (1 = even).
+      drawn_routing: whether the busiest expert node also has the chance excess of tokens that draw their experts
+        evenly (`performance.drawn_excess`); False takes the even split.
 
     Raises:
       ValueError: lengths below 1 (prompts below 0), of unequal number, or an SLO that is not positive.
@@ -32,6 +34,7 @@ class Workload:
     slo_s: float = 0.150
     expert_imbalance: float = 1.0
     attention_imbalance: float = 1.0
+    drawn_routing: bool = False
 
     def __post_init__(self):
         if not self.prompt_lens or len(self.prompt_lens) != len(self.output_lens):
@@ -124,14 +127,17 @@ def busiest_replica(variance: float, mean: float, rows: ArrayLike, num_replicas:
       num_replicas: M.
 
     Returns:
-      1 + z(M) sqrt(variance / rows) / mean, z(M) the expected largest of M standard normals by Blom's approximation
-      (within 5 % for M of 2 to 1000).
+      1 + z(M) sqrt(variance / rows) / mean, z(M) as in `expected_largest`.
     """
+    return 1.0 + expected_largest(num_replicas) * np.sqrt(variance / np.asarray(rows, np.float64)) / mean
+
+
+def expected_largest(count: ArrayLike) -> np.ndarray:
+    """Expected largest of `count` standard normals by Blom's approximation (within 5 % for 2 to 1000); 0 for one."""
     from scipy.special import ndtri  # here, so that the module loads without the planner extra
 
-    rows, replicas = np.asarray(rows, np.float64), np.asarray(num_replicas, np.float64)
-    largest = np.where(replicas > 1, ndtri((replicas - 0.375) / (replicas + 0.25)), 0.0)
-    return 1.0 + largest * np.sqrt(variance / rows) / mean
+    count = np.asarray(count, np.float64)
+    return np.where(count > 1, ndtri((count - 0.375) / (count + 0.25)), 0.0)
 
 
 def lengths_summary(lens: Sequence[int]) -> str:

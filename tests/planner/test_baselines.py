@@ -1,13 +1,16 @@
 """Colocated deployments by hand, and when they win."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from jmoe.planner.baselines import BaselineOptions, Engine, baselines, engines
+from jmoe.planner.collectives import collective_s
 from jmoe.planner.deployment import Problem
 from jmoe.planner.hardware import load_catalogue
 from jmoe.planner.model_shape import load_model_shape
-from jmoe.planner.performance import Memory, Roofline, collective_s
+from jmoe.planner.performance import Memory, Roofline
 from jmoe.planner.table import find, rank
 from jmoe.planner.workload import Workload
 
@@ -102,3 +105,20 @@ def test_small_models_on_one_fast_host_are_better_left_whole():
     split = rank(search(task), "gpu").iloc[0]["tokens_s_per_gpu"]
     whole = rank(baselines(task), "gpu").iloc[0]["tokens_s_per_gpu"]
     assert whole > 1.05 * split
+
+
+def test_host_time_between_steps_counts_once_a_step():
+    task = problem()
+    slow = dataclasses.replace(A800, kernels=dataclasses.replace(A800.kernels, step_host_us=6500.0))
+    rows = np.array([256])
+    for mode, ranks, stages in (("tensor", 8, 1), ("pipeline", 8, 2), ("wide", 1, 1)):
+        fast = Engine(task, A800, mode, ranks, stages).step(rows)
+        assert Engine(task, slow, mode, ranks, stages).step(rows) == pytest.approx(fast + 6.5e-3)
+
+
+def test_drawn_routing_costs_whole_experts_and_not_sliced_ones():
+    rows = np.array([256])
+    drawn = problem(work=Workload(drawn_routing=True))
+    for nodes, costs in ((1, False), (8, True)):
+        even = Engine(problem(), A800, "tensor", 8, 1, 1, nodes).lanes(rows)[1]
+        assert (Engine(drawn, A800, "tensor", 8, 1, 1, nodes).lanes(rows)[1] > even) == costs

@@ -1,5 +1,7 @@
 """The catalogue: the paper's Table 3, and what users may add."""
 
+import dataclasses
+
 import pytest
 
 from jmoe.planner.hardware import load_catalogue, parse_gpus
@@ -28,6 +30,8 @@ def test_rates_in_use():
     assert gpu.product_flops_s(2) == pytest.approx(989e12 * 0.776 * 0.80)
     assert gpu.product_flops_s(1) == pytest.approx(2 * gpu.product_flops_s(2), rel=1e-3)
     assert gpu.nic_bytes_s == pytest.approx(50e9 * 0.95)
+    measured = dataclasses.replace(gpu, product_share=0.7)
+    assert measured.product_flops_s(2) == pytest.approx(989e12 * 0.7)
     assert load_catalogue()["a800"].product_flops_s(1) == load_catalogue()["a800"].product_flops_s(2)
 
 
@@ -52,6 +56,7 @@ def test_a_users_file_adds_and_overrides(tmp_path):
         ("[gpus.h100]\ncolour = 1\n", "got colour"),
         ("[gpus.h100]\nprice = -1\n", "price: expected a positive number"),
         ("[gpus.h100]\nmatmul_fraction = 1.5\n", "share of at most 1"),
+        ("[gpus.h100]\nproduct_share = 1.5\n", "share of at most 1"),
         ("[kernels]\nnic_fraction = 0\n", "nic_fraction: expected a share"),
         ("[gpu.h100]\nprice = 1\n", "expected \\[kernels\\] and \\[gpus.NAME\\]"),
     ],

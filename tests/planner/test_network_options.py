@@ -198,6 +198,42 @@ def test_queue_pairs_feed_nic_threads_until_they_cost_more_than_they_give():
     assert _last(roomy, messages) < took[64]  # without misses in the cache of connections
 
 
+INCAST = _flows([(i, 15) for i in range(8)], 1024 * KIB)
+BACKED_OFF = NetworkOptions(endpoints_per_leaf=16, window_bytes=128 * KIB, congestion="back_off")
+PROBED = NetworkOptions(endpoints_per_leaf=8, routing="probed", probe_paths=8)
+# Long flows that come and go on other endpoints while one sends a short message every 20 us.
+CHANGING = Messages(
+    np.append(np.repeat(np.arange(7), 7), np.full(20, 7)),
+    np.append(np.tile(np.arange(8, 15), 7), np.full(20, 15)),
+    np.append(np.full(49, 256 * KIB), np.full(20, 64 * KIB)),
+    np.append(np.arange(49) * 8e-6, np.arange(20) * 20e-6),
+)
+MISSES = dataclasses.replace(ONE_LEAF, queue_pairs=64, queue_pair_cache=32, message_s=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "value", "messages"),
+    [
+        (ONE_LEAF, "nic_gbps", 400.0, _flows([(0, 1)], 128 * KIB)),
+        (ONE_LEAF, "hop_latency_s", 5e-6, _flows([(0, 1)], 128 * KIB)),
+        (ONE_LEAF, "chunk_bytes", 64 * KIB, _flows([(0, 1)], 128 * KIB)),
+        (NetworkOptions(endpoints_per_leaf=8), "endpoints_per_leaf", 16, _across(8, 128 * KIB)),
+        (NetworkOptions(endpoints_per_leaf=8), "uplink_gbps", 400.0, _across(8, 128 * KIB)),
+        (BACKED_OFF, "mark_s", 500e-6, INCAST),
+        (BACKED_OFF, "react_interval_s", 50e-6, INCAST),
+        (BACKED_OFF, "recover", 0.2, INCAST),
+        (PROBED, "probe_paths", 1, CHANGING),
+        (PROBED, "probe_interval_s", 1.0, CHANGING),
+        (MISSES, "cache_miss_s", 9e-6, _flows([(0, 1)], 1024 * KIB)),
+    ],
+)
+def test_every_number_counts(options, field, value, messages):
+    """What the tests above leave at its default changes the answer as well."""
+    assert getattr(options, field) != value
+    before, after = (_run(o, messages, 16) for o in (options, dataclasses.replace(options, **{field: value})))
+    assert not np.allclose(before.arrived_s, after.arrived_s, rtol=1e-9, atol=0)
+
+
 def test_batches_wait_for_each_other():
     messages = many_to_many(np.full((1, 32), 8 * KIB), np.array([0]), np.arange(1, 33))
     batched = dataclasses.replace(ONE_LEAF, batches=ProxyBatches(8))

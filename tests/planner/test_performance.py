@@ -5,16 +5,18 @@ import dataclasses
 import numpy as np
 import pytest
 
+from jmoe.planner.collectives import collective_s
 from jmoe.planner.hardware import load_catalogue
 from jmoe.planner.model_shape import load_model_shape
+from jmoe.planner.nccl_cost import nccl_all_reduce_s
 from jmoe.planner.performance import (
     ExchangeModel,
     Memory,
     Precision,
     Roofline,
     balanced_replicas,
-    collective_s,
     distinct_nodes,
+    drawn_excess,
     linear_constants,
 )
 
@@ -156,3 +158,26 @@ def test_balanced_ratio_makes_both_stages_equal():
 def test_bad_precision():
     with pytest.raises(ValueError, match="expected 1, 2 or 4 bytes"):
         Precision(weight_bytes=3.0)
+
+
+def test_drawn_excess_against_draws():
+    """Busiest node over the mean, tokens that draw k different experts evenly; one expert a node and four."""
+    rng = np.random.default_rng(0)
+    for experts, k, nodes, tokens in ((8, 2, 8, 300), (32, 4, 8, 200)):
+        draws = np.argsort(rng.random((400, tokens, experts)), axis=2)[:, :, :k] // (experts // nodes)
+        loads = np.stack([(draws == node).sum((1, 2)) for node in range(nodes)], 1)
+        expected = loads.max(1).mean() / (tokens * k / nodes)
+        assert drawn_excess(experts, k, experts // nodes, nodes, tokens) - 1 == pytest.approx(expected - 1, rel=0.1)
+    assert drawn_excess(8, 2, 8, 1, 100) == 1
+
+
+def test_nccl_costs_are_the_tuners():
+    """By hand: 16 GPUs on two hosts, 4 MB, a ring with the LL128 protocol; peer kernels only inside a host."""
+    kernels = dataclasses.replace(KINDS["a800"].kernels, nccl_costs=True)
+    gpu = dataclasses.replace(KINDS["a800"], kernels=kernels)
+    ring = 10.0 + 28 * 1.9 + 2 * 4.0 + 4e6 / (160e9 * 0.92 * 16 / 30) * 1e6
+    assert collective_s(gpu, 4e6, 16) == pytest.approx(ring * 1e-6)
+    assert collective_s(gpu, 4e6, 8) == pytest.approx(collective_s(KINDS["a800"], 4e6, 8))
+    assert collective_s(gpu, 64e6, 8) > collective_s(KINDS["a800"], 64e6, 8)
+    assert nccl_all_reduce_s(gpu, [8.0], 8) == pytest.approx(10.2e-6, rel=0.01)  # the LL ring's 3.6 + 14 x 0.47
+    assert nccl_all_reduce_s(KINDS["l40s"], 64e6, 8) > nccl_all_reduce_s(gpu, 64e6, 8)

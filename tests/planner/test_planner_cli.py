@@ -67,11 +67,11 @@ def test_longer_traces_and_precisions_change_the_plan(plan, tmp_path):
     trace = tmp_path / "trace.jsonl"
     trace.write_text('{"prompt_len": 9000, "output_len": 500}\n')
     for more in ((), ("--trace", str(trace)), ("--weights", "fp8", "--kv", "fp8"), ("--expert-imbalance", "1.5"),
-                 ("--length-sigma", "1.0"), ("--transport", "ppermute")):  # fmt: skip
+                 ("--length-sigma", "1.0"), ("--transport", "ppermute"), ("--routing", "drawn")):  # fmt: skip
         assert plan(*args, *more)[0] == 0
         rates.append(read_plan(tmp_path / "plan.json").predicted["tokens_s_per_gpu"])
-    base, long, fp8, skewed, spread, padded = rates
-    assert long < base and fp8 > 1.2 * base and skewed < base and spread < base and padded < base
+    base, long, fp8, skewed, spread, padded, drawn = rates
+    assert long < base and fp8 > 1.2 * base and skewed < base and spread < base and padded < base and drawn < base
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_histogram_places_experts(plan, tmp_path):
     counts = [2000, 1500] + [100] * 14
     path = tmp_path / "counts.json"
     path.write_text(json.dumps(counts))
-    args = ("--model", "dbrx", "--gpus", "h20:8,l40s:24")
+    args = ("--model", "dbrx", "--gpus", "h20:8,a800:16")
     assert plan(*args, "--histogram", str(path))[0] == 0
     placed = read_plan(tmp_path / "plan.json")
     placement = placed.mesh.placement
