@@ -53,6 +53,11 @@ class AbstractCell:
         heads = (c.model.num_kv_heads, c.model.head_dim)
         return (c.num_pages, c.page_len, *tensor_share(heads, ("kv_heads", None), c.mesh.attention_tensor, 0)[1])
 
+    @property
+    def slots_shape(self) -> tuple[int, int]:
+        """Of what is kept of each decode slot on one device."""
+        return self.cell.mesh.num_micro_batches, self.cell.rows
+
     def state(self, sampling: bool) -> DeviceState:
         """What is kept from call to call."""
         sequence = self._abstract((), np.int32)
@@ -65,6 +70,7 @@ class AbstractCell:
             sequence,
             [(pages, pages)] * self.cell.model.num_layers,
             [counts] * self.cell.mesh.num_micro_batches if sampling else None,
+            self._abstract(self.slots_shape, np.int32),
         )
 
     def inputs(self, kind: Literal["prefill", "decode"]) -> jax.ShapeDtypeStruct | None:

@@ -31,6 +31,8 @@ FLOAT_COLUMNS = (
     "frequency_penalty",  # 0 = off
 )
 
+OWN_TOKEN = -1  # in `token_ids` of a decode row: the token that its slot made in the call before, still on device
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepLayout:

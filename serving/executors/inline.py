@@ -2,15 +2,17 @@
 
 import contextlib
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from jmoe.cell_config import CellConfig
-from jmoe.serving.executors.protocol import ProgramKey, compiling_line
+from jmoe.serving.executors.protocol import ProgramKey, compiling_line, run
 from jmoe.step_inputs import StepInputs, StepOutputs
 
 if TYPE_CHECKING:
+    from jmoe.cell_runtime import Submitted
     from jmoe.models.model import Model
 
 
@@ -44,6 +46,7 @@ class InlineExecutor:
 
         runtime = CellRuntime(cell, devices, "inline")
         self._runtime: CellRuntime | None = runtime
+        self._in_flight: deque[Submitted] = deque()
         source = model if isinstance(model, (str, os.PathLike)) else ArraySource(*model.arrays_by_path())
         with ThreadPoolExecutor(1, "jmoe-compile") as pool:  # also after a bad checkpoint: a compiler can't be stopped
             compiling = pool.submit(runtime.compile, *programs)
@@ -57,15 +60,25 @@ class InlineExecutor:
             progress(compiling_line(key))
         self._open().compile(*keys)
 
-    def run(self, key: ProgramKey, inputs: StepInputs) -> StepOutputs:
-        result = self._open().run((key.kind, key.sampling), inputs.array)
+    def submit(self, key: ProgramKey, inputs: StepInputs) -> None:
+        self._in_flight.append(self._open().submit((key.kind, key.sampling), inputs.array))
+
+    def collect(self) -> StepOutputs:
+        if not self._in_flight:
+            raise ValueError("InlineExecutor.collect: expected a call in flight, got none")
+        result = self._open().collect(self._in_flight.popleft())
         del result["replicas"]  # all of them, in order
         return StepOutputs(**result)
+
+    def run(self, key: ProgramKey, inputs: StepInputs) -> StepOutputs:
+        """One call alone."""
+        return run(self, key, inputs)
 
     def check(self) -> None:
         """Nothing can fail between calls: there is no other process."""
 
     def close(self) -> None:
+        self._in_flight.clear()
         self._runtime = None  # frees the weights and pages
 
     def _open(self):
