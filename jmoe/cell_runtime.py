@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,11 +14,13 @@ import numpy as np
 from jmoe.cell_config import CellConfig
 from jmoe.checkpoints.load import CheckpointReader
 from jmoe.checkpoints.random_weights import RandomWeights
+from jmoe.compiled_programs import Program, load_program, program_key, save_program
 from jmoe.config import RANDOM_WEIGHTS
 from jmoe.decode_loop import DeviceState, Role
 from jmoe.device_params import DeviceParams, ParamSource
 from jmoe.errors import SequenceMismatchError
 from jmoe.lowering import AbstractCell, Key, lower_program, on_each_device
+from jmoe.program_files import ProgramFiles
 from jmoe.sampling import TokenCounts
 from jmoe.sharding.meshes import from_shards, joint_mesh, local_devices
 from jmoe.step_inputs import StepLayout
@@ -38,13 +41,15 @@ class CellRuntime:
       cell: sizes; its mesh gives the order of `devices`.
       devices: every device of the joint mesh in order, other processes' included.
       role: what this process plays.
+      files: where compiled programs are found and kept; None compiles each one.
 
     Raises:
       ValueError: too few devices, or tensor sizes that the model can't be cut by.
     """
 
-    def __init__(self, cell: CellConfig, devices: Sequence[jax.Device], role: Role):
+    def __init__(self, cell: CellConfig, devices: Sequence[jax.Device], role: Role, files: ProgramFiles | None = None):
         self.cell = cell
+        self._files = files
         self.role: Role = role
         self.mesh = joint_mesh(cell.mesh, devices)
         self._local = local_devices(self.mesh)
@@ -55,7 +60,7 @@ class CellRuntime:
         ]
         self._params = DeviceParams(cell, self.mesh)
         self._abstract = AbstractCell(cell, self.mesh, role)
-        self._programs: dict[Key, jax.stages.Compiled] = {}
+        self._programs: dict[Key, Program] = {}
         self._attention: dict[str, jax.Array] = {}
         self._experts: dict[str, jax.Array] = {}
         self._state: DeviceState | None = None
@@ -85,16 +90,39 @@ class CellRuntime:
             next_ids=self._filled(self._abstract.slots_shape, np.int32) if self.has_attention else None,
         )
 
-    def compile(self, *keys: Key) -> None:
-        """Compiles programs for this process's devices, each once, several at a time (XLA leaves Python's lock).
+    def compile(self, *keys: Key) -> str:
+        """Finds or compiles programs for this process's devices, each once, several at a time (XLA leaves the lock).
 
         Needs no weights: it may run beside `load`.
+
+        Returns:
+          What was done, in words.
         """
         unique: dict[Key, None] = dict.fromkeys((k[0], k[1]) for k in keys)
         wanted = [key for key in unique if key not in self._programs]
-        lowered = [lower_program(self.cell, self.mesh, self.role, key) for key in wanted]
+        start = time.monotonic()
         with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
-            self._programs |= dict(zip(wanted, pool.map(jax.stages.Lowered.compile, lowered), strict=True))
+            found = dict(zip(wanted, pool.map(self._find, wanted), strict=True))
+            missing = [key for key in wanted if found[key] is None]
+            lowered = [lower_program(self.cell, self.mesh, self.role, key) for key in missing]
+            lowered_s = time.monotonic() - start
+            compiled = list(pool.map(jax.stages.Lowered.compile, lowered))
+            for key, program in zip(missing, compiled, strict=True):
+                self._save(key, program)
+        self._programs |= {k: p for k, p in found.items() if p is not None} | dict(zip(missing, compiled, strict=True))
+        took_s = time.monotonic() - start
+        if not missing:
+            return f"{len(wanted)} compiled programs from the cache in {took_s:.1f} s"
+        return f"compiled {len(missing)} of {len(wanted)} programs in {took_s:.1f} s ({lowered_s:.1f} s to trace them)"
+
+    def _find(self, key: Key) -> Program | None:
+        if self._files is None:
+            return None
+        return load_program(self._files, program_key(self._abstract, key), self._abstract, key)
+
+    def _save(self, key: Key, program: jax.stages.Compiled) -> None:
+        if self._files is not None:
+            save_program(self._files, program_key(self._abstract, key), program)
 
     def run(self, key: Key, inputs: np.ndarray | None) -> dict[str, Any]:
         """Runs one call and waits for it; see `submit` and `collect`."""

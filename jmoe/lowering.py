@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jmoe.cell_config import CellConfig
-from jmoe.decode_loop import CellProgram, DeviceState, Role
+from jmoe.decode_loop import CellProgram, DeviceState, Emitted, Role
 from jmoe.models.model import array_specs
 from jmoe.sampling import TokenCounts
 from jmoe.sharding.mesh_config import AXIS
@@ -80,6 +80,20 @@ class AbstractCell:
         layout = StepLayout.of(self.cell, kind)
         return self._abstract((self.cell.mesh.num_micro_batches, layout.num_rows, layout.width), np.int32)
 
+    def results(self, key: Key) -> tuple[DeviceState, Emitted | None, Any, Any]:
+        """What a program returns: state, what it emits, fault, dropped rows."""
+        kind, sampling = key
+        fault, dropped = self._abstract((2,), np.int32), self._abstract((), np.int32)
+        if self.role == "expert":
+            return self.state(sampling), None, fault, dropped
+        num_steps = self.cell.num_steps if kind == "decode" else 1
+        shape = (num_steps, self.cell.mesh.num_micro_batches, StepLayout.of(self.cell, kind).num_rows)
+        emitted = Emitted(self._abstract(shape, np.int32))
+        if sampling:
+            top, real = (*shape, self.cell.num_top_logprobs), np.float32
+            emitted = Emitted(emitted.tokens, *map(self._abstract, (shape, top, top), (real, np.int32, real)))
+        return self.state(sampling), emitted, fault, dropped
+
     def _abstract(self, shape: tuple[int, ...], dtype) -> Any:
         sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
         return jax.ShapeDtypeStruct((self.mesh.devices.size, *shape), dtype, sharding=sharding)
@@ -111,6 +125,7 @@ def lower_program(cell: CellConfig, mesh: Mesh, role: Role, key: Key) -> jax.sta
     kind, sampling = key
     abstract = AbstractCell(cell, mesh, role)
     program = on_each_device(CellProgram(cell, kind, sampling, role), mesh)
-    return jax.jit(program, donate_argnums=(2,)).lower(
+    # keep_unused: its arguments are those of AbstractCell, so that a compiled program can come back from disk alone.
+    return jax.jit(program, donate_argnums=(2,), keep_unused=True).lower(
         *abstract.params(), abstract.state(sampling), abstract.inputs(kind)
     )

@@ -234,6 +234,8 @@ def serve(
     progress: Callable[[str], None] | None = None,
     sizes: CellSizes | None = None,
     processes: ProcessOptions | None = None,
+    compile_cache: str = "auto",
+    max_prefill_tokens: int | None = None,
     **size_options: Any,
 ) -> Server:
     """Serves a model with attention on one mesh and experts on another.
@@ -249,6 +251,8 @@ def serve(
       progress: gets a line for each step of starting up.
       sizes: shapes of the programs, or single ones by name: `rows=8, max_len=4096` (see `CellSizes`).
       processes: where the workers of "processes" are, and how long each thing may take (see `ProcessOptions`).
+      compile_cache: where compiled programs are kept: "auto" ($JMOE_CACHE/compiled), "off" or a folder of this user.
+      max_prefill_tokens: chunk budget between two decode calls (see `EngineConfig`).
 
     Returns:
       The running server.
@@ -270,10 +274,10 @@ def serve(
     cell = (sizes or CellSizes(**size_options)).resolve(config, mesh_cfg or MeshConfig())
     forms = {"greedy": (False,), "all": (False, True), "none": ()}[programs]
     keys = [ProgramKey(kind, form) for form in forms for kind in ("prefill", "decode")]
-    running = create_executor(model, cell, executor, say, keys, processes)
+    running = create_executor(model, cell, executor, say, keys, processes, compile_cache)
     try:
         name = pathlib.Path(model).resolve().name if isinstance(model, str | pathlib.Path) else config.family
-        return Server(running, tokenizer=text, engine_config=EngineConfig(max_waiting=max_waiting), name=name)
+        return Server(running, tokenizer=text, engine_config=EngineConfig(max_waiting, max_prefill_tokens), name=name)
     except BaseException:
         running.close()
         raise

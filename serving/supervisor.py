@@ -222,11 +222,12 @@ class Supervisor:
                 self._take(worker, message)
 
     def _take(self, worker: Worker, message: dict[str, Any]) -> None:
-        """Books an answer or a progress line under the oldest command that this worker has not answered."""
+        """Books a progress line, or an answer under the oldest command that this worker has not answered."""
         index, kind, number = worker.place.index, message.get("kind"), message.get("number")
-        command = next((c for c in tuple(self._in_flight) if index not in c.replies), None)
-        if command is None or number != command.number:
-            expected = "none" if command is None else command.number
+        open_commands = [c for c in tuple(self._in_flight) if index not in c.replies]
+        command = next((c for c in open_commands if c.number == number), None)
+        if command is None or (kind != "progress" and command is not open_commands[0]):
+            expected = open_commands[0].number if open_commands else "none"
             raise SequenceMismatchError(f"{worker.place.name}: answer to command {number!r}, expected {expected}")
         if kind == "failed":
             raise self._reported(worker, command, message)
@@ -241,8 +242,7 @@ class Supervisor:
                 if command.done:  # the oldest of all: every worker answers in order
                     self._in_flight.popleft()
                     self._start_clock()
-            if kind == "progress" or command.done:
-                self._changed.notify_all()
+            self._changed.notify_all()
 
     # What is said about a failure.
 

@@ -46,7 +46,7 @@ class Runtime(Protocol):
 
     def load(self, source: str, progress: Callable[[str], None]) -> None: ...
 
-    def compile(self, *keys: ProgramKey) -> None: ...
+    def compile(self, *keys: ProgramKey) -> str: ...
 
     def submit(self, key: ProgramKey, inputs: np.ndarray | None) -> Any: ...
 
@@ -218,7 +218,7 @@ def _execute(runtime: Runtime | None, command: dict[str, Any], channel: Channel)
     if kind == "run":
         return functools.partial(runtime.collect, runtime.submit(ProgramKey(*command["key"]), command.get("inputs")))
     if kind == "compile":
-        runtime.compile(*(ProgramKey(*key) for key in command["keys"]))
+        _progress(channel, command)(runtime.compile(*(ProgramKey(*key) for key in command["keys"])))
         return _nothing
     if kind == "load":
         _load(runtime, command, channel)
@@ -227,19 +227,21 @@ def _execute(runtime: Runtime | None, command: dict[str, Any], channel: Channel)
 
 
 def _load(runtime: Runtime, command: dict[str, Any], channel: Channel) -> None:
-    """Reads the weights, and compiles programs meanwhile."""
-
-    def progress(text: str) -> None:
-        channel.send({"number": command["number"], "kind": "progress", "text": str(text)[:_MAX_TEXT]})
-
+    """Reads the weights, and finds or compiles programs meanwhile."""
+    progress = _progress(channel, command)
     keys = [ProgramKey(*key) for key in command.get("keys", ())]
     pool = ThreadPoolExecutor(1, "compile")
     compiling = pool.submit(runtime.compile, *keys)
     runtime.load(command["path"], progress)  # what is wrong with a checkpoint is told without the compiler's wait
-    for key in keys:
+    for key in keys if not compiling.done() else ():
         progress(compiling_line(key))
-    compiling.result()
+    progress(compiling.result())
     pool.shutdown()
+
+
+def _progress(channel: Channel, command: Mapping[str, Any]) -> Callable[[str], None]:
+    """What sends lines about a command that is being followed."""
+    return lambda text: channel.send({"number": command["number"], "kind": "progress", "text": str(text)[:_MAX_TEXT]})
 
 
 def _nothing() -> None:

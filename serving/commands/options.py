@@ -42,6 +42,15 @@ def add_cell_options(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where it runs")
     where.add_argument("--executor", choices=("auto", "inline", "processes"), default="auto")
     where.add_argument("--platform", choices=("auto", "cpu", "gpu"), default="auto")
+    add_compile_cache_option(where)
+
+
+def add_compile_cache_option(parser: "argparse._ActionsContainer") -> None:
+    """Adds where compiled programs are kept."""
+    parser.add_argument(
+        "--compile-cache", metavar="DIR|off", default="auto",
+        help="where compiled programs are kept for the next start (default: $JMOE_CACHE/compiled, or the user's cache)",
+    )  # fmt: skip
 
 
 def mesh_config(args: argparse.Namespace) -> MeshConfig:

@@ -23,7 +23,8 @@ class InlineExecutor:
       cell: sizes and meshes.
       model: a checkpoint folder, or a live model.
       platform: "cpu" makes as many virtual devices as the meshes need, if JAX has not started yet.
-      programs: compiled while the weights load.
+      programs: found or compiled while the weights load.
+      compile_cache: where compiled programs are kept: a folder, "auto" or "off" (see `open_program_files`).
       progress: gets a line for each stage of loading and each program.
 
     Raises:
@@ -37,28 +38,30 @@ class InlineExecutor:
         *,
         platform: str = "cpu",
         programs: Sequence[ProgramKey] = (),
+        compile_cache: str = "off",
         progress: Callable[[str], None] = lambda _: None,
     ):
         self.cell = cell
         devices = start_jax(platform, cell.mesh.num_devices)
         from jmoe.cell_runtime import CellRuntime
         from jmoe.device_params import ArraySource
+        from jmoe.program_files import open_program_files
 
-        runtime = CellRuntime(cell, devices, "inline")
+        runtime = CellRuntime(cell, devices, "inline", open_program_files(compile_cache))
         self._runtime: CellRuntime | None = runtime
         self._in_flight: deque[Submitted] = deque()
         source = model if isinstance(model, (str, os.PathLike)) else ArraySource(*model.arrays_by_path())
         with ThreadPoolExecutor(1, "jmoe-compile") as pool:  # also after a bad checkpoint: a compiler can't be stopped
             compiling = pool.submit(runtime.compile, *programs)
             runtime.load(source, progress)
-            for key in programs:  # told now: it is what is waited for from here on
+            for key in programs if not compiling.done() else ():  # told now: what is waited for from here on
                 progress(compiling_line(key))
-            compiling.result()
+            progress(compiling.result())
 
     def compile(self, keys: Sequence[ProgramKey], progress: Callable[[str], None]) -> None:
         for key in keys:
             progress(compiling_line(key))
-        self._open().compile(*keys)
+        progress(self._open().compile(*keys))
 
     def submit(self, key: ProgramKey, inputs: StepInputs) -> None:
         self._in_flight.append(self._open().submit((key.kind, key.sampling), inputs.array))

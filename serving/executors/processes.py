@@ -31,7 +31,8 @@ class ProcessesExecutor:
         on every host), or a live model, which is handed over in shared memory.
       options: how the workers are placed, reached, timed and logged.
       platform: "cpu" (virtual devices, gloo) or "gpu" (NCCL).
-      programs: compiled while the weights load.
+      programs: found or compiled while the weights load.
+      compile_cache: where each worker keeps compiled programs on its host: a folder, "auto" or "off".
       progress: gets a line now and then while workers start, load and compile.
 
     Raises:
@@ -48,12 +49,14 @@ class ProcessesExecutor:
         *,
         platform: Literal["cpu", "gpu"] = "cpu",
         programs: Sequence[ProgramKey] = (),
+        compile_cache: str = "off",
         progress: Callable[[str], None] | None = None,
     ):
         self.cell = cell
         options = options or ProcessOptions()
         self._platform: Literal["cpu", "gpu"] = platform
         self._deadlines = options.deadlines
+        self._compile_cache = compile_cache
         self._compiled: set[ProgramKey] = set()
         self._has_run: set[ProgramKey] = set()
         self._in_flight: deque[tuple[ProgramKey, Command]] = deque()
@@ -153,6 +156,7 @@ class ProcessesExecutor:
             "num_processes": len(self._places),
             "coordinator": coordinator,
             "timeout_s": self._deadlines.init_s,
+            "compile_cache": self._compile_cache,
         }
         return [
             {
