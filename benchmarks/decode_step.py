@@ -2,6 +2,8 @@
 
     python benchmarks/decode_step.py                          # Mixtral-8x7B layers on the GPUs of this host
     python benchmarks/decode_step.py --model tiny --platform cpu --context 64 --tokens 4
+    python benchmarks/decode_step.py --colocated --model qwen3-30b-a3b      # both roles on one GPU, 12 layers, 16 and 128
+    python benchmarks/decode_step.py --colocated --model tiny --layers 1 --platform cpu --context 64 --tokens 4
 
 Each executor runs in a process of its own. Times are medians; the tick is a call's time over steps x layers x
 micro-batches, its heads taken off. "plan us" is what the planner's closed form says of the schedule that is built, from
@@ -17,6 +19,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -173,12 +177,17 @@ HEADER = (
 )
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None, around: Callable[[], Any] | None = None) -> int:
+    """Runs the benchmark; `around` makes a context manager for timed device work where several programs share a GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="mixtral-8x7b")
     parser.add_argument("--layers", type=int, default=0, help="decoder layers; 0 = all of the model")
     parser.add_argument("--inline-layers", type=int, default=0, help="fewer layers for inline and the stages (memory)")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 256], help="tokens of one micro-batch")
+    parser.add_argument("--tokens", type=int, nargs="+", help="tokens of one micro-batch (128 256; colocated 16 128)")
+    parser.add_argument("--colocated", action="store_true", help="both roles on one device, and nothing of the rest")
+    parser.add_argument("--page-len", type=int, default=16, help="colocated: tokens of a KV page")
+    parser.add_argument("--distinct-layers", type=int, default=0, help="colocated: layers beyond share weights (memory)")
+    parser.add_argument("--no-stages", dest="stages", action="store_false", help="colocated: the step alone")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[3, 4])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--attention", type=int, default=1)
@@ -195,7 +204,13 @@ def main() -> int:
     parser.add_argument("--timeout-s", type=float, default=280)
     parser.add_argument("--json", help="also write every figure here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.colocated:
+        import decode_step_colocated
+
+        args.tokens = args.tokens or [16, 128]
+        return decode_step_colocated.measure(args, MODELS, around, _log)
+    args.tokens = args.tokens or [128, 256]
     if args.child:
         child(args)
         return 0

@@ -35,7 +35,7 @@ class Submitted:
 
 
 class CellRuntime:
-    """Holds one role's share of a cell, or with role "inline" both roles on the devices of one process.
+    """Holds one role's share of a cell, or with roles "inline" and "colocated" both on the devices of this process.
 
     Args:
       cell: sizes; its mesh gives the order of `devices`.
@@ -66,6 +66,11 @@ class CellRuntime:
         self._state: DeviceState | None = None
 
     @property
+    def abstract(self) -> AbstractCell:
+        """Shapes of what each device holds."""
+        return self._abstract
+
+    @property
     def has_attention(self) -> bool:
         return self.role != "expert"
 
@@ -80,15 +85,23 @@ class CellRuntime:
             source = RandomWeights(self.cell.model, int(source.removeprefix(RANDOM_WEIGHTS)))
         elif isinstance(source, (str, os.PathLike)):
             source = CheckpointReader(os.fspath(source), self.cell.model)
-        if self.role != "expert":
-            self._attention = self._params.place("attention", source, progress)
-        if self.role != "attention":
-            self._experts = self._params.place("expert", source, progress)
+        attention = self._params.place("attention", source, progress) if self.role != "expert" else {}
+        experts = self._params.place("expert", source, progress) if self.role != "attention" else {}
+        self.adopt(attention, experts)
+
+    def adopt(self, attention: dict[str, jax.Array], experts: dict[str, jax.Array]) -> None:
+        """Takes arrays over the joint mesh as this process's weights (as `AbstractCell.params` says), with empty pages."""
+        self._attention, self._experts = attention, experts
         self._state = DeviceState(
             sequence=self._filled((), np.int32),
             pages=self._empty_pages() if self.has_attention else None,
             next_ids=self._filled(self._abstract.slots_shape, np.int32) if self.has_attention else None,
         )
+
+    def close(self) -> None:
+        """Lets go of weights, pages and programs."""
+        self._attention, self._experts, self._state = {}, {}, None
+        self._programs.clear()
 
     def compile(self, *keys: Key) -> str:
         """Finds or compiles programs for this process's devices, each once, several at a time (XLA leaves the lock).

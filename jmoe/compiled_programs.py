@@ -62,11 +62,11 @@ def _config() -> dict[str, Any]:
 
 
 def _source_digest() -> str:
-    """Of the code that programs are traced from."""
+    """Of the code that programs are traced from, and its tables."""
     digest = hashlib.sha256()
     for folder, names, files in os.walk(pathlib.Path(jmoe.__file__).parent, followlinks=True):
         names[:] = sorted(set(names) - _UNTRACED)
-        for file in sorted(file for file in files if file.endswith(".py")):
+        for file in sorted(file for file in files if file.endswith((".py", ".json"))):
             digest.update(file.encode() + b"\0" + pathlib.Path(folder, file).read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jmoe.cell_config import CellConfig
+from jmoe.colocated import Colocated
 from jmoe.models.attention import AttentionHalf
 from jmoe.models.experts import ExpertHalf
 from jmoe.models.model import take_from
@@ -15,10 +16,11 @@ from jmoe.rows import Rows
 from jmoe.sampling import TokenCounts, sample, token_logprobs
 from jmoe.schedule import build_schedule
 from jmoe.sharding.exchange import Chain, Exchange
+from jmoe.sharding.shared_devices import SharedDevices
 from jmoe.step_inputs import StepLayout
 from jmoe.walk import BothRoles, OneRole, Work, walk
 
-Role = Literal["attention", "expert", "inline"]
+Role = Literal["attention", "expert", "inline", "colocated"]
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +60,11 @@ class CellProgram:
       cell: sizes.
       kind: "prefill" (one chunk a micro-batch, one pass) or "decode" (num_steps passes).
       sampling: False compiles argmax only.
-      role: the role that the calling process plays, or "inline" for both under a conditional.
+      role: the role that the calling process plays, "inline" for both under a conditional, or "colocated" for both on
+        every device.
+
+    Raises:
+      ValueError: "colocated" for a cell of two meshes, or another role for a colocated one.
     """
 
     def __init__(self, cell: CellConfig, kind: Literal["prefill", "decode"], sampling: bool, role: Role):
@@ -69,6 +75,11 @@ class CellProgram:
         self.layout = StepLayout.of(cell, kind)
         self.num_steps = cell.num_steps if kind == "decode" else 1
         model, mesh = cell.model, cell.mesh
+        if (role == "colocated") != mesh.colocated:
+            raise ValueError(f"CellProgram.role: expected 'colocated' if MeshConfig.colocated, got {role!r} for {mesh}")
+        if mesh.colocated:
+            self.devices = SharedDevices.of(mesh, model.hidden_size)
+            return
         capacity = self.layout.num_rows * self.layout.num_tokens
         self.exchange = Exchange.of(mesh, model.hidden_size, capacity, model.num_experts_per_tok, model.dtype)
         assert mesh.directions != "auto"
@@ -88,6 +99,10 @@ class CellProgram:
           (DeviceState, Emitted with a leading num_steps axis or None, fault `[2]` int32, dropped rows int32).
         """
         model = self.cell.model
+        if self.role == "colocated":
+            attention_role = AttentionRole(self.cell, AttentionHalf(model, take_from(attention)), None)
+            expert_role = ExpertRole(self.cell, ExpertHalf(model, take_from(experts)), None)
+            return self._steps(Colocated(attention_role, expert_role, self.devices), attention_role, state, inputs)
         attention_role = expert_role = None
         if self.role != "expert":
             attention_role = AttentionRole(self.cell, AttentionHalf(model, take_from(attention)), self.exchange)
@@ -116,15 +131,19 @@ class CellProgram:
 
         def step(k, carry):
             rows, pages, counts, emitted, sequence, fault, dropped = carry
-            lanes = [attention.empty_lane() for _ in rows] if attention is not None else []
-            work = Work(lanes, rows, list(pages))
-            chain = walk(self.schedule, cast, self.exchange, work, Chain.start(sequence))
-            fault = jnp.where(fault[0] < 0, chain.fault(), fault)
+            if isinstance(cast, Colocated):
+                lanes, pages = cast.walk(rows, pages)
+            else:
+                lanes = [attention.empty_lane() for _ in rows] if attention is not None else []
+                work = Work(lanes, rows, list(pages))
+                chain = walk(self.schedule, cast, self.exchange, work, Chain.start(sequence))
+                fault = jnp.where(fault[0] < 0, chain.fault(), fault)
+                lanes, rows, pages, sequence = work.lanes, work.rows, work.pages, chain.sequence
             if attention is not None:
-                rows, counts, now = self._sample_all(cast, attention, work.lanes, work.rows, counts)
+                rows, counts, now = self._sample_all(cast, attention, lanes, rows, counts)
                 emitted = jax.tree.map(lambda whole, part: whole.at[k].set(part), emitted, now)
-                dropped = dropped + sum(lane.routes.num_dropped for lane in work.lanes)
-            return rows, work.pages, counts, emitted, chain.sequence, fault, dropped
+                dropped = dropped + sum(lane.routes.num_dropped for lane in lanes if lane.routes is not None)
+            return rows, pages, counts, emitted, sequence, fault, dropped
 
         if self.num_steps == 1:
             carry = step(0, start)

@@ -81,7 +81,7 @@ class DeviceParams:
         shards: dict[jax.Device, jax.Array] = {}
         read: dict[tuple[int, int], np.ndarray] = {}  # replicas share what was read for one of them
         shape: tuple[int, ...] = ()
-        mine = [(index, device) for index, device in self._local if self.cell.mesh.role(index) == role]
+        mine = [(index, device) for index, device in self._local if self.cell.mesh.plays(index, role)]
         for index, device in mine:
             node, rank = self._node_and_rank(role, index)
             key = (node if role == "expert" else 0, rank)
@@ -100,7 +100,7 @@ class DeviceParams:
         mesh = self.cell.mesh
         if role == "attention":
             return divmod(index, mesh.attention_tensor)
-        return divmod(index - mesh.num_attention_devices, mesh.expert_tensor)
+        return divmod(index - mesh.first_expert_device, mesh.expert_tensor)
 
     def _read(self, role, path: str, spec: ArraySpec, source: ParamSource, node: int, rank: int) -> np.ndarray:
         mesh, placement = self.cell.mesh, self.cell.mesh.placement

@@ -116,7 +116,7 @@ def lower_program(cell: CellConfig, mesh: Mesh, role: Role, key: Key) -> jax.sta
     Args:
       cell: sizes.
       mesh: the joint mesh, of real devices or of a topology's.
-      role: "attention", "expert" or "inline".
+      role: "attention", "expert", "inline" or "colocated".
       key: (kind, sampling).
 
     Returns:

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,20 +26,37 @@ Pages = list[tuple[jax.Array, jax.Array]]  # keys and values of each decoder lay
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Lane:
-    """One micro-batch under way on an attention device: residual `[tokens, D]` and the routes of its last dispatch."""
+    """One micro-batch under way on an attention device: residual `[tokens, D]` and the routes of its last dispatch.
+
+    A colocated cell dispatches nothing to another mesh: its lanes have no routes.
+    """
 
     x: jax.Array
-    routes: Routes
+    routes: Routes | None
+
+
+class Chosen(NamedTuple):
+    """What the router of a stage hands to the experts: rows `[tokens, D]`, topk_idx and topk_weights `[tokens, k]`."""
+
+    rows: jax.Array
+    topk_idx: jax.Array
+    topk_weights: jax.Array
 
 
 class AttentionRole:
     """Attention stages over this device's share of the attention half's parameters."""
 
-    def __init__(self, cell: CellConfig, half: AttentionHalf, exchange: Exchange):
+    def __init__(self, cell: CellConfig, half: AttentionHalf, exchange: Exchange | None):
         self.cell = cell
         self.half = half
-        self.exchange = exchange
+        self._exchange = exchange
         self.tensor = TensorGroup.of(cell.mesh, "attention")
+
+    @property
+    def exchange(self) -> Exchange:
+        """The exchange with the expert mesh; a colocated cell has none."""
+        assert self._exchange is not None
+        return self._exchange
 
     def empty_lane(self) -> Lane:
         """A lane with nothing in it: where every micro-batch starts."""
@@ -64,35 +82,51 @@ class AttentionRole:
 
     def stage(self, stage: Stage, lane: Lane, pages: Pages, rows: Rows, inbox: Box | None) -> tuple[Lane, Pages, Box]:
         """Combine of the layer before, attention, router; `pages` are those of `layers_of(stage)`."""
+        routes = lane.routes
+        assert routes is not None
         if inbox is None:
-            x = self.half.embed_tokens(rows.token_ids, self.tensor).reshape(lane.x.shape).astype(lane.x.dtype)
+            x = self.embed(rows)
         else:
-            x = lane.x + self._combine(inbox, lane.routes).astype(lane.x.dtype)
-        routes, box, new_pages = lane.routes, self.exchange.empty_box(), []
+            x = lane.x + self._combine(inbox, routes).astype(lane.x.dtype)
+        x, pages, chosen = self.layers(stage, x, pages, rows)
+        if chosen is None:
+            return Lane(x, routes), pages, self.exchange.empty_box()
         placement = self.exchange.mesh.placement
         assert placement is not None
+        routes = route_rows(
+            chosen.topk_idx, chosen.topk_weights, rows.valid.reshape(-1), rows.positions.reshape(-1),
+            placement, self.exchange.format.capacity,
+        )  # fmt: skip
+        return Lane(x, routes), pages, self._dispatch(chosen.rows, routes)
+
+    def embed(self, rows: Rows) -> jax.Array:
+        """The residual that a pass starts with: `[tokens, D]`."""
+        x = self.half.embed_tokens(rows.token_ids, self.tensor)
+        return x.reshape(-1, x.shape[-1]).astype(self.cell.model.dtype)
+
+    def layers(self, stage: Stage, x: jax.Array, pages: Pages, rows: Rows) -> tuple[jax.Array, Pages, Chosen | None]:
+        """The decoder layers of a stage: the residual behind them, their pages, and what the router at the end chose.
+
+        Nothing is chosen in the last stage, the head's.
+        """
+        chosen, new_pages = None, []
         for layer, kv in zip(self.layers_of(stage), pages, strict=True):
             module = self.half.layers[layer]
-            x, kv = self._attend(module, x, kv, rows)
+            x, kv = self.attend(module, x, kv, rows)
             new_pages.append(kv)
             h = module.ffn_input(x)
             if module.is_dense:
                 x = x + module.dense_ffn(h, self.tensor)
                 continue
-            topk_idx, topk_weights = module.route(h)
-            routes = route_rows(
-                topk_idx, topk_weights, rows.valid.reshape(-1), rows.positions.reshape(-1),
-                placement, self.exchange.format.capacity,
-            )  # fmt: skip
-            box = self._dispatch(h, routes)
-        return Lane(x, routes), new_pages, box
+            chosen = Chosen(h, *module.route(h))
+        return x, new_pages, chosen
 
     def last_hidden(self, lane: Lane, rows: Rows) -> jax.Array:
         """Residual of each row's last valid token: `[rows, D]`."""
         x = lane.x.reshape(*rows.token_ids.shape, -1)
         return jnp.take_along_axis(x, rows.last[:, None, None], axis=1)[:, 0]
 
-    def _attend(self, module, x: jax.Array, kv: tuple[jax.Array, jax.Array], rows: Rows):
+    def attend(self, module, x: jax.Array, kv: tuple[jax.Array, jax.Array], rows: Rows):
         """One layer's attention with its residual; the new keys and values go to their pages first."""
         grid = x.reshape(*rows.token_ids.shape, -1)
         q, k, v = module.project(grid, rows.positions)
@@ -131,11 +165,21 @@ class AttentionRole:
 class ExpertRole:
     """Expert stages over this device's share of the expert half's parameters."""
 
-    def __init__(self, cell: CellConfig, half: ExpertHalf, exchange: Exchange):
+    def __init__(self, cell: CellConfig, half: ExpertHalf, exchange: Exchange | None):
         self.cell = cell
         self.half = half
-        self.exchange = exchange
+        self._exchange = exchange
         self.tensor = TensorGroup.of(cell.mesh, "expert")
+
+    @property
+    def exchange(self) -> Exchange:
+        """The exchange with the attention mesh; a colocated cell has none."""
+        assert self._exchange is not None
+        return self._exchange
+
+    def partial_sums(self, layer: int, rows: jax.Array, local_idx: jax.Array, topk_weights: jax.Array) -> jax.Array:
+        """One weighted partial sum a row over this device's share of MoE layer `layer`: `[rows, D]` float32."""
+        return self.half.layers[layer](rows, local_idx, topk_weights)
 
     def stage(self, stage: Stage, inbox: Box) -> Box:
         """Every replica's rows through this node's experts; one weighted partial sum a row, in the order received."""
@@ -152,7 +196,7 @@ class ExpertRole:
         topk_weights = rows_at(inbox.topk_weights, first)
         rows = jnp.where(valid.reshape(-1, 1), rows, 0)
         flat = (local_idx.reshape(len(rows), -1), topk_weights.reshape(len(rows), -1))
-        sums = self.tensor.sum(self.half.layers[stage.layer](rows, *flat)).astype(f.dtype)
+        sums = self.tensor.sum(self.partial_sums(stage.layer, rows, *flat)).astype(f.dtype)
         slices = sums.reshape(self.cell.mesh.attention, f.capacity, rounds.num_slices, f.width)
         peer, slice_idx = rows_at(jnp.asarray(rounds.peer), device), rows_at(jnp.asarray(rounds.slice_idx), device)
         replica = jnp.maximum(peer, 0)

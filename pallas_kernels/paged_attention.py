@@ -13,15 +13,21 @@ MASKED = -1e30  # finite, so that a row with nothing to attend to yields numbers
 
 
 def write_pages(
-    pages: jax.Array, new: jax.Array, page_table: jax.Array, start_pos: jax.Array, num_tokens: jax.Array
+    pages: jax.Array,
+    new: jax.Array,
+    page_table: jax.Array,
+    start_pos: jax.Array,
+    num_tokens: jax.Array,
+    scale: jax.Array | float = 1.0,
 ) -> jax.Array:
     """Writes new keys (or values) into their pages; tokens beyond `num_tokens` go to page 0, which nothing reads.
 
     Args:
-      pages: `[P, page_len, G, H]`.
+      pages: `[P, page_len, G, H]`; float8_e4m3fn pages hold new / scale, clipped to what the type holds.
       new: `[rows, chunk, G, H]`, the tokens at positions start_pos .. start_pos + num_tokens - 1.
       page_table: `[rows, max_pages]` int32, page of each page_len positions.
       start_pos, num_tokens: `[rows]` int32.
+      scale: float32 scalar, what one unit of a float8_e4m3fn page stands for; other pages hold `new` itself.
 
     Returns:
       The pages, updated.
@@ -34,7 +40,11 @@ def write_pages(
     page = jnp.where(offset < num_tokens[:, None], page, 0)
     flat = (page * page_len + position % page_len).reshape(-1)
     cells = pages.reshape(num_pages * page_len, *pages.shape[2:])
-    new = new.reshape(-1, *new.shape[2:]).astype(pages.dtype)
+    new = new.reshape(-1, *new.shape[2:])
+    if pages.dtype == jnp.float8_e4m3fn:  # beyond its 448 the conversion gives NaN
+        largest = float(jnp.finfo(pages.dtype).max)
+        new = jnp.clip(new.astype(jnp.float32) / scale, -largest, largest)
+    new = new.astype(pages.dtype)
     cells = cells.at[flat].set(new, mode="promise_in_bounds", wrap_negative_indices=False)
     return cells.reshape(pages.shape)
 
@@ -48,21 +58,29 @@ def paged_attention(
     num_tokens: jax.Array | None = None,
     *,
     sliding_window: int | None = None,
+    logit_soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    k_scale: jax.Array | float = 1.0,
+    v_scale: jax.Array | float = 1.0,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v over the pages of each row's sequence, causal, grouped-query.
 
     The token at position p sees positions 0..p (the last `sliding_window` of them, itself included). The pages must
-    already hold the new tokens (`write_pages`). Scores and the softmax are float32.
+    already hold the new tokens (`write_pages`). Scores and the softmax are float32. With a soft cap c a score s counts
+    as c tanh(s / c); with sinks a head's weights are exp(s) / (exp(sink) + sum exp(s)).
 
     Args:
       q: `[rows, chunk, Q, H]`; row r's token c stands at position start_pos[r] + c.
-      k_pages, v_pages: `[P, page_len, G, H]`, Q a multiple of G.
+      k_pages, v_pages: `[P, page_len, G, H]`, Q a multiple of G; q's dtype or float8_e4m3fn.
       page_table: `[rows, max_pages]` int32.
       start_pos: `[rows]` int32.
       num_tokens: `[rows]` int32, valid new tokens; None for all of the chunk. What stands behind them in the pages is
         another request's and is not even multiplied by zero: its NaN would come through.
       sliding_window: positions a token may see, or None for all.
+      logit_soft_cap: bound of a score, or None.
+      sinks: `[Q]` float32, one more logit a head in the softmax's denominator, or None. Not capped.
+      k_scale, v_scale: float32 scalars, what one unit of a page stands for.
       implementation: "xla" (gathers each row's pages), "reference" (float32, one softmax a head), None for the best.
 
     Returns:
@@ -71,25 +89,50 @@ def paged_attention(
     Raises:
       ValueError: shapes that don't belong together, or an unknown implementation.
     """
+    _check(q, k_pages, v_pages, sinks)
+    if implementation not in (None, "xla", "reference"):
+        raise ValueError(f"paged_attention: expected implementation 'xla', 'reference' or None, got {implementation!r}")
+    form = _reference if implementation == "reference" else _xla
+    scale = q.shape[3] ** -0.5 * k_scale
+    return form(
+        q, k_pages, v_pages, page_table, start_pos, num_tokens, sliding_window, logit_soft_cap, sinks, scale, v_scale
+    )
+
+
+def _check(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, sinks: jax.Array | None) -> None:
     if q.shape[2] % k_pages.shape[2] or q.shape[3] != k_pages.shape[3] or k_pages.shape != v_pages.shape:
         raise ValueError(
             f"paged_attention: expected q [rows, chunk, Q, H] and pages [P, page_len, G, H] with G dividing Q, "
             f"got {q.shape}, {k_pages.shape} and {v_pages.shape}"
         )
-    if implementation == "reference":
-        return _reference(q, k_pages, v_pages, page_table, start_pos, num_tokens, sliding_window)
-    if implementation not in (None, "xla"):
-        raise ValueError(f"paged_attention: expected implementation 'xla', 'reference' or None, got {implementation!r}")
+    if sinks is not None and sinks.shape != q.shape[2:3]:
+        raise ValueError(f"paged_attention: expected sinks [Q] = {q.shape[2:3]}, got {sinks.shape}")
+
+
+def _xla(q, k_pages, v_pages, page_table, start_pos, num_tokens, sliding_window, soft_cap, sinks, scale, v_scale):
+    """Gathers every row's pages; the products in q's dtype, which holds a float8 exactly."""
     rows, chunk, num_heads, head_dim = q.shape
     num_kv_heads = k_pages.shape[2]
-    k = _rows_of(k_pages, page_table)  # [rows, S, G, H]
-    v = _written(_rows_of(v_pages, page_table), start_pos + (chunk if num_tokens is None else num_tokens))
+    k, v = (_rows_of(pages, page_table).astype(q.dtype) for pages in (k_pages, v_pages))  # [rows, S, G, H]
+    v = _written(v, start_pos + (chunk if num_tokens is None else num_tokens))
     grouped = q.reshape(rows, chunk, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores = jnp.einsum("rcgqh,rsgh->rgqcs", grouped, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = jnp.einsum("rcgqh,rsgh->rgqcs", grouped, k, preferred_element_type=jnp.float32) * scale
     visible = _visible(start_pos, chunk, k.shape[1], sliding_window)[:, None, None]
-    probs = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1).astype(v.dtype)
-    out = jnp.einsum("rgqcs,rsgh->rcgqh", probs, v, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible, _capped(scores, soft_cap), MASKED)
+    largest = scores.max(-1, keepdims=True)
+    if sinks is not None:
+        sinks = sinks.reshape(1, num_kv_heads, -1, 1, 1)
+        largest = jnp.maximum(largest, sinks)
+    weights = jnp.exp(scores - largest)
+    total = weights.sum(-1, keepdims=True)
+    total = total if sinks is None else total + jnp.exp(sinks - largest)
+    probs = (weights / total).astype(v.dtype)
+    out = jnp.einsum("rgqcs,rsgh->rcgqh", probs, v, preferred_element_type=jnp.float32) * v_scale
     return out.reshape(q.shape).astype(q.dtype)
+
+
+def _capped(scores: jax.Array, soft_cap: float | None) -> jax.Array:
+    return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
 
 
 def _rows_of(pages: jax.Array, page_table: jax.Array) -> jax.Array:
@@ -112,17 +155,17 @@ def _visible(start_pos: jax.Array, chunk: int, length: int, sliding_window: int 
     return visible if sliding_window is None else visible & (key > query - sliding_window)
 
 
-def _reference(q, k_pages, v_pages, page_table, start_pos, num_tokens, sliding_window):
+def _reference(q, k_pages, v_pages, page_table, start_pos, num_tokens, sliding_window, soft_cap, sinks, scale, v_scale):
     """Float32 throughout, one query head at a time."""
     group = q.shape[2] // k_pages.shape[2]
     k, v = (_rows_of(p, page_table).astype(jnp.float32) for p in (k_pages, v_pages))
-    v = _written(v, start_pos + (q.shape[1] if num_tokens is None else num_tokens))
+    v = _written(v, start_pos + (q.shape[1] if num_tokens is None else num_tokens)) * v_scale
     visible = _visible(start_pos, q.shape[1], k.shape[1], sliding_window)
     heads = []
     for head in range(q.shape[2]):
         keys, values = k[:, :, head // group], v[:, :, head // group]
-        scores = q[:, :, head].astype(jnp.float32) @ keys.swapaxes(1, 2) / q.shape[3] ** 0.5
-        scores = jnp.where(visible, scores, MASKED)
-        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-        heads.append((weights / weights.sum(-1, keepdims=True)) @ values)
+        scores = _capped(q[:, :, head].astype(jnp.float32) @ keys.swapaxes(1, 2) * scale, soft_cap)
+        sink = jnp.full((*scores.shape[:2], 1), MASKED if sinks is None else sinks[head])
+        weights = jax.nn.softmax(jnp.concatenate([jnp.where(visible, scores, MASKED), sink], axis=-1), axis=-1)
+        heads.append(weights[..., :-1] @ values)
     return jnp.stack(heads, axis=2).astype(q.dtype)

@@ -26,6 +26,8 @@ _COMMANDS = {
   jmoe serve ./Mixtral-8x7B                                 one attention and one expert device
   jmoe serve ./Qwen3-30B-A3B --attention 2 --expert 6 --micro-batches 4
   jmoe serve ./Mixtral-8x7B --attention-tensor 2 --expert 2 --expert-tensor 2 --rows 64
+  jmoe serve ./Qwen3-30B-A3B --colocated 1                  both roles on one GPU (the default where there is one)
+  jmoe serve ./Mixtral-8x7B --colocated 4 --tensor 4        tensor parallelism over four
   jmoe serve ./Mixtral-8x7B --plan plan.json                what `jmoe plan` decided
   jmoe serve ./model --executor processes --worker hostA:7000 --worker hostB:7000 --token-file secret
   jmoe serve ./model --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
@@ -62,6 +64,7 @@ _TEACH = """\
 A Mixture-of-Experts model runs on two device meshes: attention, with embeddings, KV cache and sampling, on one
 (--attention M replicas), the expert FFNs on the other (--expert N nodes). The batch is cut into --micro-batches m
 slices that play ping-pong between them, so that neither mesh waits: m = 3 or 4 fills the pipeline.
+--colocated N puts both roles on each of N devices instead; on a host with one GPU that is the default.
 
 examples:
   jmoe demo                                                 no GPU, no model at hand: start here

@@ -14,6 +14,7 @@ from jmoe.serving.engine import Engine
 from jmoe.serving.engine_config import EngineConfig
 from jmoe.serving.errors import CellFailedError, QueueFullError
 from jmoe.serving.executors.protocol import Executor, ProgramKey
+from jmoe.serving.host_devices import default_mesh
 from jmoe.serving.metrics import Metrics
 from jmoe.serving.process_options import ProcessOptions
 from jmoe.serving.prompts import Prompt, is_one_prompt, prompt_ids
@@ -238,11 +239,12 @@ def serve(
     max_prefill_tokens: int | None = None,
     **size_options: Any,
 ) -> Server:
-    """Serves a model with attention on one mesh and experts on another.
+    """Serves a model with attention on one mesh and experts on another, or both on the same devices.
 
     Args:
       model: a Hugging Face checkpoint folder, or a live `jmoe.models.model.Model`.
-      mesh_cfg: devices of each role and micro-batches; None is one attention and one expert device.
+      mesh_cfg: devices of each role and micro-batches, or `MeshConfig.colocate(N)` for both roles on each of N; None is
+        the latter on a host with one GPU, else one attention and one expert device.
       executor: "inline" runs both roles in this process, "processes" starts a worker for each; "auto" takes
         "processes" on GPUs.
       tokenizer: of a live model, or its folder; a checkpoint brings its own.
@@ -271,7 +273,7 @@ def serve(
     say = progress or (lambda line: None)
     say("reading the model's configuration")
     config, text = _describe(model, tokenizer)
-    cell = (sizes or CellSizes(**size_options)).resolve(config, mesh_cfg or MeshConfig())
+    cell = (sizes or CellSizes(**size_options)).resolve(config, mesh_cfg or default_mesh())
     forms = {"greedy": (False,), "all": (False, True), "none": ()}[programs]
     keys = [ProgramKey(kind, form) for form in forms for kind in ("prefill", "decode")]
     running = create_executor(model, cell, executor, say, keys, processes, compile_cache)

@@ -23,9 +23,12 @@ class MeshConfig:
       directions: "both" lets one exchange carry a dispatch and a combine (lockstep, fills at m = 4), "one" gives
         each its own (fills at m = 3), "auto" takes "both" from m = 4 on.
       transport: how rows travel: "ppermute", or "auto" for the best supported one.
+      colocated: every device plays both roles, so there is one set of devices, no exchange between meshes, and
+        `directions` and `transport` say nothing. `MeshConfig.colocate` is the short way to make one.
 
     Raises:
-      ValueError: a count below 1, or a placement for another number of nodes.
+      ValueError: a count below 1, a placement for another number of nodes, or a colocated mesh whose roles need
+        different numbers of devices.
     """
 
     attention: int = 1
@@ -36,6 +39,7 @@ class MeshConfig:
     placement: ExpertPlacement | None = None
     directions: Literal["auto", "one", "both"] = "auto"
     transport: Literal["auto", "ppermute"] = "auto"
+    colocated: bool = False
 
     def __post_init__(self):
         for name in ("attention", "expert", "num_micro_batches", "attention_tensor", "expert_tensor"):
@@ -50,6 +54,37 @@ class MeshConfig:
                 f"MeshConfig.placement: expected {self.expert} nodes (MeshConfig.expert), "
                 f"got a placement over {self.placement.num_nodes}"
             )
+        if self.colocated and self.num_attention_devices != self.num_expert_devices:
+            raise ValueError(
+                f"MeshConfig.colocated: expected as many expert devices as attention devices, "
+                f"{self.attention} x {self.attention_tensor}, got {self.expert} x {self.expert_tensor}"
+            )
+
+    @classmethod
+    def colocate(
+        cls,
+        num_devices: int,
+        tensor: int = 1,
+        num_micro_batches: int = 1,
+        placement: ExpertPlacement | None = None,
+    ) -> "MeshConfig":
+        """Both roles on the same devices: num_devices / tensor attention replicas, which are the expert nodes as well.
+
+        tensor = 1 is data-parallel attention with expert parallelism; tensor = num_devices is tensor parallelism alone.
+
+        Raises:
+          ValueError: a count below 1, or a tensor size that does not divide the devices.
+        """
+        if num_devices < 1 or tensor < 1 or num_devices % tensor:
+            raise ValueError(
+                f"MeshConfig.colocate: expected a tensor size that divides the number of devices, both at least 1, "
+                f"got {num_devices} devices and tensor {tensor}"
+            )
+        groups = num_devices // tensor
+        return cls(
+            groups, groups, num_micro_batches,
+            attention_tensor=tensor, expert_tensor=tensor, placement=placement, colocated=True,
+        )  # fmt: skip
 
     @property
     def num_attention_devices(self) -> int:
@@ -61,7 +96,12 @@ class MeshConfig:
 
     @property
     def num_devices(self) -> int:
-        return self.num_attention_devices + self.num_expert_devices
+        return self.first_expert_device + self.num_expert_devices
+
+    @property
+    def first_expert_device(self) -> int:
+        """Where the expert nodes begin on the joint axis."""
+        return 0 if self.colocated else self.num_attention_devices
 
     @property
     def num_slices(self) -> int:
@@ -74,11 +114,15 @@ class MeshConfig:
 
     def expert_device(self, node: int, rank: int = 0) -> int:
         """Index on the joint axis of one tensor rank of an expert node."""
-        return self.num_attention_devices + node * self.expert_tensor + rank
+        return self.first_expert_device + node * self.expert_tensor + rank
 
     def role(self, device: int) -> Literal["attention", "expert"]:
-        """The role of a device on the joint axis."""
+        """The role of a device on the joint axis; "attention", the one that answers the host, where it plays both."""
         return "attention" if device < self.num_attention_devices else "expert"
+
+    def plays(self, device: int, role: Literal["attention", "expert"]) -> bool:
+        """Whether a device on the joint axis plays a role."""
+        return self.colocated or self.role(device) == role
 
     def resolve(self, num_experts: int) -> "MeshConfig":
         """Returns a config in which nothing is left to "auto" and the placement is explicit."""

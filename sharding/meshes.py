@@ -10,15 +10,16 @@ from jmoe.sharding.mesh_config import AXIS, MeshConfig
 
 
 def joint_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
-    """The one-axis mesh: attention devices, then expert devices, in the order of `MeshConfig`.
+    """The one-axis mesh in the order of `MeshConfig`: attention devices, then expert devices, or both roles on each.
 
     Raises:
       ValueError: too few devices.
     """
     if len(devices) < config.num_devices:
+        split = f"{config.num_attention_devices} attention + {config.num_expert_devices} expert"
         raise ValueError(
-            f"joint_mesh: expected at least {config.num_devices} devices ({config.num_attention_devices} attention + "
-            f"{config.num_expert_devices} expert), got {len(devices)}"
+            f"joint_mesh: expected at least {config.num_devices} devices "
+            f"({'both roles on each' if config.colocated else split}), got {len(devices)}"
         )
     return Mesh(np.array(devices[: config.num_devices]), (AXIS,))
 

@@ -61,6 +61,11 @@ class ExpertPlacement:
         return max(len(node) for node in self.nodes)
 
     @property
+    def is_in_order(self) -> bool:
+        """Whether one node holds every expert under its own id."""
+        return self.nodes == (tuple(range(len(self.nodes[0]))),)
+
+    @property
     def max_replicas(self) -> int:
         return max(len(self.replicas(e)) for e in range(self.num_experts))
 

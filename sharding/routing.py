@@ -35,6 +35,21 @@ def rows_at(array: jax.Array, index: jax.Array) -> jax.Array:
     return array.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
+def nodes_of(topk_idx: jax.Array, spread: jax.Array, placement: ExpertPlacement) -> tuple[jax.Array, jax.Array]:
+    """The node that computes each choice, and the expert's local id there: `[tokens, k]` int32 each.
+
+    An expert with several replicas is taken from replica (spread mod replicas); see `route_rows`.
+    """
+    node_table, local_table, num_replicas = placement.tables()
+    if placement.max_replicas == 1:
+        node, local = (rows_at(jnp.asarray(t[:, 0]), topk_idx) for t in (node_table, local_table))
+    else:
+        replica = spread[:, None] % rows_at(jnp.asarray(num_replicas), topk_idx)
+        flat = topk_idx * placement.max_replicas + replica
+        node, local = (rows_at(jnp.asarray(t.reshape(-1)), flat) for t in (node_table, local_table))
+    return node, local
+
+
 def route_rows(
     topk_idx: jax.Array,
     topk_weights: jax.Array,
@@ -58,13 +73,7 @@ def route_rows(
     Returns:
       The routes.
     """
-    node_table, local_table, num_replicas = placement.tables()
-    if placement.max_replicas == 1:
-        node, local = (rows_at(jnp.asarray(t[:, 0]), topk_idx) for t in (node_table, local_table))  # [tokens, k]
-    else:
-        replica = spread[:, None] % rows_at(jnp.asarray(num_replicas), topk_idx)
-        flat = topk_idx * placement.max_replicas + replica
-        node, local = (rows_at(jnp.asarray(t.reshape(-1)), flat) for t in (node_table, local_table))
+    node, local = nodes_of(topk_idx, spread, placement)
     nodes = jnp.arange(placement.num_nodes, dtype=jnp.int32)
     here = (node[None] == nodes[:, None, None]) & valid[None, :, None]  # [N, tokens, k]
     sent = here.any(axis=-1)

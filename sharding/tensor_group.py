@@ -25,7 +25,9 @@ class TensorGroup:
         """The groups of one role."""
         attention, total = mesh.num_attention_devices, mesh.num_devices
         start, stop, size = (
-            (0, attention, mesh.attention_tensor) if role == "attention" else (attention, total, mesh.expert_tensor)
+            (0, attention, mesh.attention_tensor)
+            if role == "attention"
+            else (mesh.first_expert_device, total, mesh.expert_tensor)
         )
         nodes = [tuple(range(d, d + size)) for d in range(start, stop, size)]
         alone = [(d,) for d in range(total) if not start <= d < stop]
@@ -51,5 +53,7 @@ class TensorGroup:
         """
         if self.size == 1:
             return x[None]
+        if all(len(group) == self.size for group in self.groups):  # colocated: no devices of another role
+            return jax.lax.all_gather(x, AXIS, axis_index_groups=[list(g) for g in self.groups])
         slots = jnp.zeros((self.size, *x.shape), x.dtype)
         return self.sum(jax.lax.dynamic_update_index_in_dim(slots, x, self.rank(), 0))

@@ -24,15 +24,18 @@ BY_NAME = {"bfloat16": "bf16", "float32": "f32", "int32": "s32", "bool": "pred"}
 
 
 def cell_of(num_micro_batches: int) -> CellConfig:
+    return cell_on(MeshConfig(1, 1, num_micro_batches))
+
+
+def cell_on(mesh: MeshConfig) -> CellConfig:
     rows, max_len = 128, 1056
-    mesh = MeshConfig(1, 1, num_micro_batches).resolve(MODEL.num_experts)
-    num_pages = 38 + rows * num_micro_batches * (max_len // 16)
-    return CellConfig(MODEL, mesh, rows=rows, chunk_len=128, num_steps=4, num_pages=num_pages, max_len=max_len)
+    num_pages = 38 + rows * mesh.num_micro_batches * (max_len // 16)
+    return CellConfig(MODEL, mesh.resolve(MODEL.num_experts), rows=rows, chunk_len=128, num_steps=4, num_pages=num_pages, max_len=max_len)
 
 
 def forbidden_sizes(cell: CellConfig, mesh: Mesh) -> set[tuple[str, int]]:
     """Of every weight matrix and page pool on one device."""
-    abstract = AbstractCell(cell, mesh, "inline")
+    abstract = AbstractCell(cell, mesh, "colocated" if cell.mesh.colocated else "inline")
     attention, experts = abstract.params()
     shapes = [*attention.values(), *experts.values()]
     sizes = {(BY_NAME[str(a.dtype)], math.prod(a.shape[1:])) for a in shapes if math.prod(a.shape) > 1 << 20}
@@ -61,6 +64,26 @@ def test_plan_ahead_of_time(imaginary_mesh, role, num_micro_batches):
     text = lower_program(cell, imaginary_mesh, role, ("decode", False)).compile().as_text()
     assert "collective-permute" in text
     assert not faults(text, forbidden_sizes(cell, imaginary_mesh), conditionals=role == "inline")
+
+
+COLOCATED = {
+    "one device": (MeshConfig.colocate(1), ()),
+    "expert parallel": (MeshConfig.colocate(2), ("all-gather", "all-to-all")),
+    "tensor parallel, m = 2": (MeshConfig.colocate(2, tensor=2, num_micro_batches=2), ("all-reduce",)),
+}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", COLOCATED)
+def test_plan_of_a_colocated_cell(imaginary_mesh, name):
+    """Nothing moves between meshes, nothing is conditional; on one device there is no collective at all."""
+    mesh, collectives = COLOCATED[name]
+    cell = cell_on(mesh)
+    devices = Mesh(imaginary_mesh.devices[: mesh.num_devices], (AXIS,))
+    text = lower_program(cell, devices, "colocated", ("decode", False)).compile().as_text()
+    found = {word for word in ("collective-permute", "all-gather", "all-to-all", "all-reduce") if f" {word}" in text}
+    assert found >= set(collectives) and "collective-permute" not in found and (collectives or not found)
+    assert not faults(text, forbidden_sizes(cell, devices))
 
 
 @pytest.mark.aot

@@ -85,6 +85,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(distributions):
     }
     assert {name for name in files if name.endswith(".py")} == modules
     data = {"jmoe/py.typed", "jmoe/planner/hardware.toml", "jmoe/planner/models.toml"}
+    data |= {"jmoe/pallas_kernels/block_table.json"}
     data |= {f"jmoe/serving/protos/{name}" for name in ("jmoe.proto", "jmoe_pb2.pyi")}
     assert files - modules == data
 

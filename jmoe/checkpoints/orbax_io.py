@@ -41,7 +41,7 @@ def role_mesh(mesh: MeshConfig, devices: Sequence[jax.Device], role: Role) -> Me
     split = mesh.num_attention_devices
     if role == "attention":
         return Mesh(np.array(devices[:split]).reshape(mesh.attention, mesh.attention_tensor), ("replica", "tensor"))
-    held = np.array(devices[split : mesh.num_devices])
+    held = np.array(devices[mesh.first_expert_device : mesh.num_devices])
     return Mesh(held.reshape(mesh.expert, mesh.expert_tensor), ("node", "tensor"))
 
 

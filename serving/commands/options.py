@@ -14,6 +14,7 @@ from jmoe.sharding.placement import ExpertPlacement
 
 MAX_PLACEMENT_BYTES = 16 * 1024 * 1024
 _MESH = ("attention", "expert", "num_micro_batches", "attention_tensor", "expert_tensor")
+_COLOCATED = ("colocated", "tensor")
 _SIZES = tuple(field.name for field in dataclasses.fields(CellSizes))
 
 
@@ -29,6 +30,10 @@ def add_cell_options(parser: argparse.ArgumentParser) -> None:
     mesh.add_argument("--micro-batches", dest="num_micro_batches", type=int, metavar="m", help="in flight (default 2)")
     mesh.add_argument("--attention-tensor", type=int, metavar="T", help="tensor ranks of a replica (default 1)")
     mesh.add_argument("--expert-tensor", type=int, metavar="T", help="tensor ranks of an expert node (default 1)")
+    mesh.add_argument(
+        "--colocated", type=int, metavar="N", help="instead: both roles on each of N devices (default on a lone GPU)"
+    )
+    mesh.add_argument("--tensor", type=int, metavar="T", help="with --colocated: tensor ranks of both roles (default 1)")
     mesh.add_argument("--placement", metavar="FILE", help="JSON list: the expert ids of each node (default: balanced)")
     mesh.add_argument("--plan", metavar="FILE", help="what `jmoe plan` wrote, instead of the options above")
     sizes = parser.add_argument_group("sizes (left out: chosen from the model)")
@@ -53,14 +58,14 @@ def add_compile_cache_option(parser: "argparse._ActionsContainer") -> None:
     )  # fmt: skip
 
 
-def mesh_config(args: argparse.Namespace) -> MeshConfig:
-    """The meshes that were asked for.
+def mesh_config(args: argparse.Namespace) -> MeshConfig | None:
+    """The meshes that were asked for; None if nothing was said.
 
     Raises:
-      UsageError: a count below 1, a placement that doesn't fit, or a plan and single options both.
+      UsageError: a count below 1, a placement that doesn't fit, or options that exclude one another.
       FileNotFoundError: no such file.
     """
-    given = {name: value for name in _MESH if (value := getattr(args, name)) is not None}
+    given = {name: value for name in (*_MESH, *_COLOCATED) if (value := getattr(args, name)) is not None}
     if args.plan is not None:
         if given or args.placement is not None:
             names = ", ".join([*given, *(["placement"] if args.placement else [])])
@@ -70,9 +75,23 @@ def mesh_config(args: argparse.Namespace) -> MeshConfig:
         return read_plan(args.plan).mesh
     try:
         placement = None if args.placement is None else _read_placement(args.placement)
-        return MeshConfig(**given, placement=placement)
+        if args.colocated is not None:
+            return _colocated(given, placement)
+        if args.tensor is not None:
+            raise ValueError(f"--tensor: expected --colocated beside it, got --tensor {args.tensor} alone")
+        return MeshConfig(**given, placement=placement) if given or placement is not None else None
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _colocated(given: dict[str, int], placement: ExpertPlacement | None) -> MeshConfig:
+    """--colocated N with --tensor and --micro-batches; ValueError beside an option of two meshes."""
+    if others := given.keys() - {"colocated", "tensor", "num_micro_batches"}:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(others))
+        raise ValueError(f"--colocated: expected only --tensor, --micro-batches and --placement beside it, got {names}")
+    return MeshConfig.colocate(
+        given["colocated"], given.get("tensor", 1), given.get("num_micro_batches", 1), placement
+    )
 
 
 def cell_sizes(args: argparse.Namespace, **defaults: Any) -> CellSizes:

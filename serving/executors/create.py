@@ -1,27 +1,16 @@
 """Which executor runs a cell, and on what kind of device. Starts no JAX backend unless the answer is `inline`."""
 
-import importlib.util
 import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from jmoe.cell_config import CellConfig
 from jmoe.serving.executors.protocol import Executor, ProgramKey
+from jmoe.serving.host_devices import detect_platform
 from jmoe.serving.process_options import ProcessOptions
 
 if TYPE_CHECKING:
     from jmoe.models.model import Model
-
-
-def detect_platform() -> Literal["cpu", "gpu"]:
-    """ "gpu" where JAX_PLATFORMS allows it, a CUDA plugin is installed and an NVIDIA device is there."""
-    allowed = os.environ.get("JAX_PLATFORMS", "")
-    if allowed and not any(name in allowed for name in ("cuda", "gpu")):
-        return "cpu"
-    plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
-    has_plugin = any(importlib.util.find_spec(name) is not None for name in plugins)
-    return "gpu" if has_plugin and pathlib.Path("/dev/nvidiactl").exists() else "cpu"
 
 
 def create_executor(
@@ -54,7 +43,8 @@ def create_executor(
         kind = "processes" if platform == "gpu" else "inline"
     if processes is not None and kind != "processes":
         raise ValueError(f"processes: expected the executor 'processes' for its options, got {kind!r} on {platform}")
-    progress(f"executor {kind} on {cell.mesh.num_devices} {platform} devices")
+    both = ", both roles on each" if cell.mesh.colocated else ""
+    progress(f"executor {kind} on {cell.mesh.num_devices} {platform} devices{both}")
     if kind == "processes":
         from jmoe.serving.executors.processes import ProcessesExecutor
 

@@ -47,7 +47,8 @@ class InlineExecutor:
         from jmoe.device_params import ArraySource
         from jmoe.program_files import open_program_files
 
-        runtime = CellRuntime(cell, devices, "inline", open_program_files(compile_cache))
+        role = "colocated" if cell.mesh.colocated else "inline"
+        runtime = CellRuntime(cell, devices, role, open_program_files(compile_cache))
         self._runtime: CellRuntime | None = runtime
         self._in_flight: deque[Submitted] = deque()
         source = model if isinstance(model, (str, os.PathLike)) else ArraySource(*model.arrays_by_path())

@@ -114,7 +114,7 @@ class ProcessesExecutor:
         self.compile([key], lambda line: None)
         expert = {"key": list(key)}
         attention = {**expert, "inputs": inputs.array}
-        payloads = [attention if place.role == "attention" else expert for place in self._places]
+        payloads = [expert if place.role == "expert" else attention for place in self._places]
         limit_s = self._deadlines.step_limit_s(self._platform, key not in self._has_run)
         self._in_flight.append((key, self._supervisor.submit("run", payloads, limit_s)))
 
@@ -176,7 +176,7 @@ def worker_places(
     platform: Literal["cpu", "gpu"],
     addresses: Sequence[str] = (),
 ) -> list[WorkerPlace]:
-    """Divides a mesh among workers, in the order of the joint axis: attention first.
+    """Divides a mesh among workers, in the order of the joint axis: attention first. Colocated roles share workers.
 
     Raises:
       ValueError: an unknown `platform`, or another number of addresses than workers.
@@ -184,11 +184,13 @@ def worker_places(
     if platform not in ("cpu", "gpu"):
         raise ValueError(f"platform: expected 'cpu' or 'gpu', got {platform!r}")
     by_role = [("attention", mesh.num_attention_devices), ("expert", mesh.num_expert_devices)]
+    if mesh.colocated:
+        by_role = [("colocated", mesh.num_devices)]
     parts = by_role if processes_per == "role" else [(role, 1) for role, count in by_role for _ in range(count)]
     if addresses and len(addresses) != len(parts):
+        devices = " and ".join(f"{count} {role}" for role, count in by_role)
         raise ValueError(
-            f"worker addresses: expected {len(parts)} (one a {processes_per}: {mesh.num_attention_devices} attention "
-            f"and {mesh.num_expert_devices} expert devices), got {len(addresses)}"
+            f"worker addresses: expected {len(parts)} (one a {processes_per}: {devices} devices), got {len(addresses)}"
         )
     places, used = [], {}
     for index, (role, num_devices) in enumerate(parts):

@@ -55,7 +55,7 @@ def batch_of(lengths, chunk=1, num_heads=4, num_kv_heads=2, head_dim=16, page_le
     return Batch(q, *pages, page_table, start_pos, keys, values)
 
 
-def oracle(batch: Batch, sliding_window=None) -> np.ndarray:
+def oracle(batch: Batch, sliding_window=None, logit_soft_cap=None, sinks=None) -> np.ndarray:
     """Float64, one token and one head at a time; NaN where a row holds no such token."""
     rows, chunk, num_heads, head_dim = batch.q.shape
     out = np.full(batch.q.shape, np.nan)
@@ -67,8 +67,11 @@ def oracle(batch: Batch, sliding_window=None) -> np.ndarray:
         kv_head = h // (num_heads // batch.keys[r].shape[1])
         k, v = (a[r][first : position + 1, kv_head].astype(np.float64) for a in (batch.keys, batch.values))
         scores = k @ batch.q[r, c, h].astype(np.float64) / np.sqrt(head_dim)
+        if logit_soft_cap is not None:
+            scores = logit_soft_cap * np.tanh(scores / logit_soft_cap)
         weights = np.exp(scores - scores.max())
-        out[r, c, h] = weights @ v / weights.sum()
+        sink = 0.0 if sinks is None else np.exp(sinks[h] - scores.max())
+        out[r, c, h] = weights @ v / (weights.sum() + sink)
     return out
 
 
@@ -178,6 +181,47 @@ def test_a_row_does_not_hear_other_rows_pages(implementation):
     assert (a[0] != b[0]).any()
 
 
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("sliding_window", [None, 3])
+@pytest.mark.parametrize("logit_soft_cap", [None, 2.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_soft_cap_and_sinks(implementation, chunk, sliding_window, logit_soft_cap, with_sinks):
+    """Scores here reach 4, so that a cap of 2 bends them; a sink of 3 outweighs short rows."""
+    batch = batch_of(LENGTHS, chunk=chunk)
+    sinks = np.array([-2.0, 0.0, 3.0, 1.0], np.float32) if with_sinks else None
+    options = {"sliding_window": sliding_window, "logit_soft_cap": logit_soft_cap}
+    got = paged_attention(
+        *batch.arguments(),
+        **options,
+        sinks=None if sinks is None else jnp.asarray(sinks),
+        implementation=implementation,
+    )
+    want = oracle(batch, **options, sinks=sinks)
+    there = ~np.isnan(want)
+    np.testing.assert_allclose(np.asarray(got)[there], want[there], **TOLERANCE["float32"])
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(("k_scale", "v_scale"), [(1.0, 1.0), (0.25, 3.0)])
+def test_float8_pages_stand_for_their_value_times_a_scale(implementation, k_scale, v_scale):
+    batch = batch_of(LENGTHS, chunk=2)
+    q, k_pages, v_pages, page_table, start_pos = batch.arguments()
+    k_pages, v_pages = ((p / s).astype(jnp.float8_e4m3fn) for p, s in ((k_pages, k_scale), (v_pages, v_scale)))
+    rounded = dataclasses.replace(
+        batch,
+        keys=[np.asarray(jnp.asarray(k / k_scale).astype(jnp.float8_e4m3fn), np.float32) * k_scale for k in batch.keys],
+        values=[
+            np.asarray(jnp.asarray(v / v_scale).astype(jnp.float8_e4m3fn), np.float32) * v_scale for v in batch.values
+        ],
+    )
+    scales = {"k_scale": jnp.float32(k_scale), "v_scale": jnp.float32(v_scale)}
+    got = paged_attention(q, k_pages, v_pages, page_table, start_pos, **scales, implementation=implementation)
+    want = oracle(rounded)
+    there = ~np.isnan(want)
+    np.testing.assert_allclose(np.asarray(got)[there], want[there], **TOLERANCE["float32"])
+
+
 def test_decode_and_prefill_agree():
     """Tokens one by one give what they give in one chunk."""
     whole = batch_of((11,), chunk=11)
@@ -201,6 +245,8 @@ def test_what_cannot_be_computed_is_refused():
     for wrong in ((q[:, :, :3], k, v), (q[..., :8], k, v), (q, k, v[:, :, :1])):
         with pytest.raises(ValueError, match=r"paged_attention: expected q .* got \(1, 1, "):
             paged_attention(*wrong, table, start)
+    with pytest.raises(ValueError, match=r"expected sinks \[Q\] = \(4,\), got \(2,\)"):
+        paged_attention(q, k, v, table, start, sinks=jnp.zeros(2))
 
 
 # write_pages
@@ -248,3 +294,10 @@ def test_positions_behind_the_page_table_touch_no_page_of_anyone():
 def test_what_is_written_has_the_pages_dtype():
     got = write(np.zeros((2, 4, 1, 1), jnp.bfloat16), np.full((1, 1, 1, 1), 1.001, np.float32), [[1]], [3], [1])
     assert got.dtype == jnp.bfloat16 and got[1, 3, 0, 0] == jnp.bfloat16(1.001)
+
+
+def test_float8_pages_hold_the_value_over_the_scale_clipped_to_their_range():
+    new = jnp.asarray([3.0, -1e6, 448.0, 1e6], jnp.bfloat16).reshape(1, 4, 1, 1)
+    arguments = (jnp.asarray([[1]]), jnp.asarray([0]), jnp.asarray([4]), jnp.float32(2.0))
+    got = write_pages(jnp.zeros((2, 4, 1, 1), jnp.float8_e4m3fn), new, *arguments)
+    np.testing.assert_array_equal(np.asarray(got[1, :, 0, 0], np.float32), [1.5, -448, 224, 448])

@@ -24,6 +24,7 @@ from jmoe.serving.process_options import ProcessOptions
 from jmoe.serving.progress import Progress
 from jmoe.serving.requests import SamplingParams
 from jmoe.serving.text.tokenizer import Tokenizer
+from jmoe.sharding.mesh_config import MeshConfig
 
 BACKEND = byte_level_backend()
 VOCAB = BACKEND.get_vocab_size()
@@ -117,6 +118,10 @@ def test_without_a_command_it_teaches(capsys):
         (["serve", "m", "--port", "70000"], "port: expected 0 to 65535"),
         (["serve", "m", "--tls-cert", "c"], "expected both a certificate and a key"),
         (["serve", "m", "--plan", "p", "--expert", "2"], "no other option of the meshes beside it, got expert"),
+        (["serve", "m", "--tensor", "2"], "--tensor: expected --colocated beside it, got --tensor 2 alone"),
+        (["serve", "m", "--colocated", "2", "--expert", "2"], "--placement beside it, got --expert"),
+        (["serve", "m", "--colocated", "3", "--tensor", "2"], "got 3 devices and tensor 2"),
+        (["serve", "m", "--colocated", "2", "--plan", "p"], "no other option of the meshes beside it, got colocated"),
         (["serve", "m", "--worker", "b"], "worker address: expected HOST:PORT, got 'b'"),
         (["serve", "m", "--step-deadline-s", "0"], "step_s: expected more than 0 seconds, got 0.0"),
         (["generate", "m", "p", "--heartbeat-deadline-s", "1"], "expected at least 2 seconds for heartbeat_s"),
@@ -184,6 +189,14 @@ def test_generate_in_process(checkpoint, created, capsys):
     assert shown.out == answer(BACKEND.encode("the fox").ids, cell, 9) + "\n"
     assert "starting\n" in shown.err
     assert shown.err.splitlines()[-1].startswith("jmoe generate: 9 tokens (length) in ")
+
+
+def test_generate_colocated(checkpoint, created):
+    words = ["generate", str(checkpoint), "the fox", "--max-tokens", "2", "--ignore-eos", "--max-len", "32"]
+    assert main([*words, "--colocated", "4", "--tensor", "2", "--micro-batches", "3"]) == 0
+    assert created[0][1].mesh == MeshConfig.colocate(4, tensor=2, num_micro_batches=3).resolve(4)
+    assert main([*words, "--colocated", "1"]) == 0
+    assert (created[1][1].mesh.num_devices, created[1][1].mesh.num_micro_batches) == (1, 1)
 
 
 def test_generate_chat_from_stdin(checkpoint, created, capsys, monkeypatch):

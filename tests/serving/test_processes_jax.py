@@ -131,6 +131,17 @@ def test_two_to_three_with_a_process_a_device_then_an_expert_stops(model, tmp_pa
         executor.close()
 
 
+def test_colocated_with_a_process_a_device(model, tmp_path):
+    save_hf(tmp_path, CONFIG, *model.arrays_by_path())
+    options = ProcessOptions(deadlines=DEADLINES, per="device")
+    executor = ProcessesExecutor(cell_of(MeshConfig.colocate(2)), tmp_path, options)
+    try:
+        assert len(set(executor.worker_pids)) == 2
+        assert tokens_of(executor) == reference_tokens(model)
+    finally:
+        executor.close()
+
+
 def test_an_exchange_out_of_step_ends_the_cell(model, tmp_path):
     """A device's sequence number is wrong from the third call on: no token of that call comes back."""
     save_hf(tmp_path, CONFIG, *model.arrays_by_path())

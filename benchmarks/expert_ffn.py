@@ -1,0 +1,198 @@
+"""The expert FFN of one device against its floor and its peers, from given top-k, at the shapes of four models.
+
+    python benchmarks/expert_ffn.py                                      # everything, about half an hour on an H100
+    python benchmarks/expert_ffn.py --models qwen3-30b-a3b --tokens 16,128 --dtypes bf16 --no-peers
+    python benchmarks/expert_ffn.py --models tiny --tokens 16 --implementations xla --no-peers    # runs on a CPU
+
+"%" is floor over time, the floor being max(bytes of the active experts' weights and scales and of the rows in and out
+over the read bandwidth, 6 * pairs * D * F over the product rate), both measured in the same run. Whole FFN: permute,
+grouped products, SwiGLU, combine. Products: the grouped products alone, rows already permuted. Error: relative, against
+float64 of the bf16 weights at sampled rows. "same" says whether two calls gave the same bits. jax programs are timed by
+a slope between call counts, torch by CUDA graph replay, both over rotating inputs.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import expert_ffn_peers as peers
+import jax
+import numpy as np
+from device_time import ceilings, relative_error, seconds_per_call, where
+from expert_ffn_cases import MODELS, ROUTINGS, Case, Inputs, active_experts, floor_of, make_inputs, make_weights, truth
+
+from jmoe.pallas_kernels.expert_ffn import expert_ffn
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One implementation at one case; `note` says why there is no time."""
+
+    model: str
+    tokens: int
+    dtype: str
+    routing: str
+    active: float
+    floor_us: float
+    name: str
+    us: float | None = None
+    percent: float | None = None
+    products_us: float | None = None
+    products_percent: float | None = None
+    error: float | None = None
+    same: bool | None = None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What the measurements of one case share."""
+
+    case: Case
+    inputs: list[Inputs]
+    weights: tuple[jax.Array, ...]
+    sampled: np.ndarray
+    want: np.ndarray
+    blank: Result
+    around: Callable[[], Any] | None
+
+    def result(self, name: str, seconds: float, products: float | None, outs: list[Any]) -> Result:
+        floor = self.blank.floor_us
+        return dataclasses.replace(
+            self.blank,
+            name=name,
+            us=seconds * 1e6,
+            percent=floor / seconds / 1e4,
+            products_us=None if products is None else products * 1e6,
+            products_percent=None if products is None else floor / products / 1e4,
+            error=relative_error(np.asarray(outs[0], np.float32)[self.sampled], self.want),
+            same=bool(np.array_equal(np.asarray(outs[0]), np.asarray(outs[1]))),
+        )
+
+
+def measure_jax(setting: Setting, name: str, function: Callable, weights: tuple[Any, ...]) -> Result:
+    """A traceable FFN: twice the same call for its bits, then its time."""
+    calls = [(i.rows, i.local_idx, i.topk_weights, *weights) for i in setting.inputs]
+    start = time.perf_counter()
+    compiled = jax.jit(function).lower(*calls[0]).compile()
+    compile_s = time.perf_counter() - start
+    outs = [np.asarray(compiled(*calls[0])) for _ in range(2)]
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(*calls[1]))
+    slow = time.perf_counter() - start > 0.02
+    few, many = (2, 4) if slow else (2, 8) if compile_s > 5 else (4, 24)
+    seconds = seconds_per_call(function, calls, few=few, many=many, repeats=3 if slow else 7, around=setting.around)
+    return setting.result(name, seconds, None, outs)
+
+
+def measure_torch(setting: Setting) -> Iterator[Result]:
+    torch = peers.torch_or_none()
+    if torch is None:
+        yield dataclasses.replace(setting.blank, name="torch", note="no torch with CUDA here")
+        return
+    kind = peers.TorchPeers if setting.case.dtype == "bf16" else peers.TorchScaledPeers
+    found = kind(torch, setting.inputs, setting.weights)
+    for name, (whole, products) in found.thunks().items():
+        try:
+            outs = [whole[0]().cpu().numpy() for _ in range(2)]
+            seconds = peers.graph_seconds(torch, whole, setting.around)
+            alone = None if products is None else peers.graph_seconds(torch, products, setting.around)
+            yield setting.result(name, seconds, alone, outs)
+        except (RuntimeError, AttributeError, NotImplementedError) as error:
+            yield dataclasses.replace(setting.blank, name=name, note=first_line(error))
+    del found
+    torch.cuda.empty_cache()
+
+
+def measure(setting: Setting, args: argparse.Namespace) -> Iterator[Result]:
+    """Ours in each implementation, then the peers of this machine."""
+    candidates = {}
+    for implementation in args.implementations:
+        candidates[f"jmoe {implementation}"] = functools.partial(expert_ffn, implementation=implementation)
+    if args.peers and setting.case.dtype == "bf16":
+        candidates |= peers.jax_peers(setting.case.tokens)
+    if setting.case.dtype == "fp8":
+        candidates = {}
+    for name, function in candidates.items():
+        try:
+            yield measure_jax(setting, name, function, setting.weights)
+        except Exception as error:  # a peer that can't run here is a row that says why
+            yield dataclasses.replace(setting.blank, name=name, note=first_line(error))
+    if args.peers:
+        yield from measure_torch(setting)
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:120]
+
+
+def table(results: list[Result]) -> str:
+    """Every row, good or bad, as Markdown."""
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    head = "| model | T | dtype | routing | active | floor us | by | us | % | products us | % | error | same |"
+    lines = [head, "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    for r in results:
+        last = r.note or f"{number(r.error, '.1e')} | {'-' if r.same is None else 'yes' if r.same else 'no'}"
+        numbers = [number(v, f) for v, f in zip(
+            (r.us, r.percent, r.products_us, r.products_percent), (".1f", ".1f", ".1f", ".1f"), strict=True
+        )]  # fmt: skip
+        shape = f"{r.model} | {r.tokens} | {r.dtype} | {r.routing} | {r.active:.1f} | {r.floor_us:.1f} | {r.name}"
+        lines.append(f"| {shape} | {' | '.join(numbers)} | {last} |")
+    return "\n".join(lines)
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    for model in args.models:
+        for dtype in args.dtypes:
+            for tokens in args.tokens:
+                for routing in args.routings:
+                    yield Case(model, tokens, dtype, routing)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = lambda text: [name for name in text.split(",") if name]  # noqa: E731
+    parser.add_argument("--models", type=names, default=[m for m in MODELS if m != "tiny"])
+    parser.add_argument("--tokens", type=lambda text: [int(t) for t in text.split(",")], default=[16, 128, 512, 4096])
+    parser.add_argument("--dtypes", type=names, default=["bf16", "fp8"])
+    parser.add_argument("--routings", type=names, default=list(ROUTINGS))
+    parser.add_argument("--implementations", type=names, default=["xla"])
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--json", help="also write the rows to this file")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None, around: Callable[[], Any] | None = None) -> int:
+    args = parse(argv)
+    found = ceilings(around)
+    print(where(), {name: f"{value / 1e12:.3g}e12" for name, value in found.items()}, file=sys.stderr)
+    results, weights, held = [], (), None
+    for case in cases(args):
+        if held != case.model_name:
+            weights, held = (), case.model_name  # the last model's go before these come
+            weights = make_weights(case.model)
+        inputs = make_inputs(case)
+        floor_us = floor_of(case, inputs, found) * 1e6
+        blank = Result(case.model_name, case.tokens, case.dtype, case.routing, active_experts(inputs), floor_us, "")
+        setting = Setting(case, inputs, weights, *truth(inputs[0], weights), blank, around)
+        for result in measure(setting, args):
+            results.append(result)
+            print(table([result]).splitlines()[-1], file=sys.stderr, flush=True)
+            if args.json:
+                with open(args.json, "w") as file:
+                    json.dump({"where": where(), "ceilings": found, "rows": [vars(r) for r in results]}, file, indent=1)
+    print(f"{where()}; {', '.join(f'{name} {value:.3e}' for name, value in found.items())}")
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

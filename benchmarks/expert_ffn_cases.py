@@ -1,0 +1,119 @@
+"""The expert FFN benchmark's cases: shapes, routings drawn from a seed, inputs on the device, floor, float64 truth."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from device_time import floor_s
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """One layer's experts on one device: `experts` of them, `k` chosen by each row, `hidden` x `width` each."""
+
+    experts: int
+    k: int
+    hidden: int
+    width: int
+
+
+MODELS = {
+    "qwen3-30b-a3b": Model(128, 8, 2048, 768),
+    "dsv3-ep8-slice": Model(32, 1, 7168, 2048),  # T counts rows that reach one of 8 nodes' experts
+    "dbrx": Model(16, 4, 6144, 10752),
+    "mixtral-8x22b": Model(8, 2, 6144, 16384),
+    "tiny": Model(8, 2, 256, 128),
+}
+ROUTINGS = ("uniform", "zipf")
+NUM_ROTATING = 4  # inputs that the calls take in turn
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    model_name: str
+    tokens: int
+    dtype: str
+    routing: str
+
+    @property
+    def model(self) -> Model:
+        return MODELS[self.model_name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """One call's rows and choices; `local_idx` is also on the host."""
+
+    rows: jax.Array
+    local_idx: jax.Array
+    topk_weights: jax.Array
+    host_idx: np.ndarray
+
+
+def draw_routing(case: Case, seed: int) -> np.ndarray:
+    """`[tokens, k]` int32 distinct experts: uniform, or with odds 1/rank of experts shuffled by the seed (Zipf(1))."""
+    rng = np.random.default_rng(seed)
+    odds = np.ones(case.model.experts)
+    if case.routing == "zipf":
+        odds = 1 / (1 + rng.permutation(case.model.experts))
+    noise = rng.gumbel(size=(case.tokens, case.model.experts)) + np.log(odds)
+    return np.argsort(-noise, axis=1)[:, : case.model.k].astype(np.int32)  # Gumbel top-k: draws without replacement
+
+
+def make_inputs(case: Case) -> list[Inputs]:
+    """The rotating inputs of a case: other rows and another routing each."""
+    found = []
+    for seed in range(NUM_ROTATING):
+        rng = np.random.default_rng(100 + seed)
+        shares = rng.exponential(size=(case.tokens, case.model.k)).astype(np.float32)
+        shares /= shares.sum(1, keepdims=True)
+        rows = jax.random.normal(jax.random.key(seed), (case.tokens, case.model.hidden), jnp.bfloat16)
+        host_idx = draw_routing(case, seed)
+        found.append(Inputs(rows, jnp.asarray(host_idx), jnp.asarray(shares), host_idx))
+    return found
+
+
+def make_weights(model: Model) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """bf16 gate_proj, up_proj `[E, D, F]` and down_proj `[E, F, D]`, normal with variance 1/in."""
+
+    def normal(seed, *shape):
+        make = jax.jit(lambda key: (jax.random.normal(key, shape, jnp.float32) * shape[1] ** -0.5).astype(jnp.bfloat16))
+        return make(jax.random.key(seed))
+
+    wide, back = (model.experts, model.hidden, model.width), (model.experts, model.width, model.hidden)
+    return normal(1, *wide), normal(2, *wide), normal(3, *back)
+
+
+def active_experts(inputs: list[Inputs]) -> float:
+    """Experts that got a row, averaged over the rotating inputs."""
+    return float(np.mean([len(np.unique(i.host_idx)) for i in inputs]))
+
+
+def floor_of(case: Case, inputs: list[Inputs], ceilings: dict[str, float]) -> float:
+    """Seconds that physics takes: active experts' weights (and scales), rows in and out (bf16); 6 * pairs * D * F."""
+    m = case.model
+    per_weight = 2 if case.dtype == "bf16" else 1 + 4 / 128**2
+    num_bytes = active_experts(inputs) * 3 * m.hidden * m.width * per_weight + 2 * 2 * case.tokens * m.hidden
+    num_flops = 6 * case.tokens * m.k * m.hidden * m.width
+    return floor_s(num_bytes, num_flops, ceilings["read_bytes_per_s"], ceilings[f"{case.dtype}_flops"])
+
+
+def truth(inputs: Inputs, weights: tuple[jax.Array, ...], num_sampled: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Sampled row numbers and their FFN in float64, from the bf16 rows and weights (so fp8 pays for its rounding)."""
+    sampled = np.unique(np.linspace(0, len(inputs.host_idx) - 1, num_sampled).astype(int))
+    out = np.zeros((len(sampled), inputs.rows.shape[1]))
+    rows = np.asarray(inputs.rows[sampled], np.float64)
+    shares = np.asarray(inputs.topk_weights, np.float64)[sampled]
+    chosen = inputs.host_idx[sampled]
+    with jax.enable_x64(True):
+        for expert in np.unique(chosen):
+            which, column = np.nonzero(chosen == expert)
+            gate, up, down = (w[int(expert)].astype(jnp.float64) for w in weights)
+            x = jnp.asarray(rows[which])
+            g = x @ gate
+            y = np.asarray(((g / (1 + jnp.exp(-g))) * (x @ up)) @ down)
+            out[which] += shares[which, column][:, None] * y
+    return sampled, out

@@ -1,0 +1,131 @@
+"""Measures block sizes of the Mosaic GPU kernels on the GPU at hand, and writes the best into the committed table.
+
+    python benchmarks/tune_blocks.py --ops gated_grouped_matmul,grouped_matmul --models qwen3-30b-a3b --tokens 16,128
+    python benchmarks/tune_blocks.py ... --write                # also into pallas_kernels/block_table.json
+
+Every candidate of a problem is compiled (several at a time), run once and compared with the heuristic's choice, and
+timed; a candidate that can't run, or is further off than 1e-2, is a line that says so. An op joins by a function of the
+arguments that yields `Problem`s, in PROBLEMS.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from device_time import relative_error, seconds_per_call, where
+from expert_ffn_cases import MODELS, Case, make_inputs, make_weights
+
+from jmoe.pallas_kernels.block_table import write_blocks
+
+COMPILING = 6  # candidates compiled at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One entry of the table in the making.
+
+    Attributes:
+      op, dtype, shape: the key, as the op itself asks `find_blocks`.
+      candidates: block sizes to try.
+      make: a traceable function for given block sizes; None for the heuristic's.
+      inputs: argument tuples that the calls take in turn.
+      meant: of an output of the first input, the part that means something.
+    """
+
+    op: str
+    dtype: Any
+    shape: dict[str, int]
+    candidates: Sequence[dict[str, int]]
+    make: Callable[[dict[str, int] | None], Callable[..., Any]]
+    inputs: Sequence[tuple[Any, ...]]
+    meant: Callable[[np.ndarray], np.ndarray] = lambda output: output
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """One candidate: seconds, or why there are none. blocks is None for the heuristic's choice."""
+
+    blocks: dict[str, int] | None
+    seconds: float | None
+    note: str = ""
+
+
+def tune(problem: Problem, around: Callable[[], Any] | None = None) -> list[Tried]:
+    """Every candidate, fastest first, those that can't run last."""
+
+    def outputs(function: Callable[..., Any]) -> list[np.ndarray]:
+        return [problem.meant(np.asarray(leaf, np.float32)) for leaf in jax.tree.leaves(jax.jit(function)(*first))]
+
+    first = problem.inputs[0]
+    want = outputs(problem.make(None))
+
+    def attempt(blocks: dict[str, int] | None) -> Tried:
+        try:
+            function = problem.make(blocks)
+            error = max(relative_error(a, b) for a, b in zip(outputs(function), want, strict=True))
+            if error > 1e-2:
+                return Tried(blocks, None, f"wrong: {error:.1e}")
+            return Tried(blocks, seconds_per_call(function, problem.inputs, few=4, many=16, repeats=5, around=around))
+        except Exception as error:  # too much shared memory, a tile that doesn't divide: a line of the report
+            return Tried(blocks, None, f"{type(error).__name__}: {str(error).strip()[:80]}")
+
+    with concurrent.futures.ThreadPoolExecutor(COMPILING) as pool:
+        tried = list(pool.map(attempt, [None, *problem.candidates]))
+    return sorted(tried, key=lambda t: float("inf") if t.seconds is None else t.seconds)
+
+
+def _grouped_problems(op: str, args: argparse.Namespace) -> Iterator[Problem]:
+    """The two grouped products at the shapes of the expert FFN's benchmark, uniform routing."""
+    from expert_ffn_tuning import grouped_problem
+
+    for name in args.models:
+        for dtype in args.dtypes:
+            weights = make_weights(MODELS[name])
+            for tokens in args.tokens:
+                case = Case(name, tokens, dtype, "uniform")
+                yield grouped_problem(op, case, make_inputs(case), weights)
+
+
+PROBLEMS: dict[str, Callable[[str, argparse.Namespace], Iterator[Problem]]] = {
+    "gated_grouped_matmul": _grouped_problems,
+    "grouped_matmul": _grouped_problems,
+}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = lambda text: [name for name in text.split(",") if name]  # noqa: E731
+    parser.add_argument("--ops", type=names, default=list(PROBLEMS))
+    parser.add_argument("--models", type=names, default=[m for m in MODELS if m != "tiny"])
+    parser.add_argument("--tokens", type=lambda text: [int(t) for t in text.split(",")], default=[16, 128, 512, 4096])
+    parser.add_argument("--dtypes", type=names, default=["bf16"])
+    parser.add_argument("--write", action="store_true", help="put the best into the table")
+    parser.add_argument("--show", type=int, default=5, help="candidates to print of each problem")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None, around: Callable[[], Any] | None = None) -> int:
+    args = parse(argv)
+    for op in args.ops:
+        for problem in PROBLEMS[op](op, args):
+            print(op, np.dtype(problem.dtype).name, problem.shape, flush=True)
+            tried = tune(problem, around)
+            for one in tried[: args.show]:
+                time = "-" if one.seconds is None else f"{one.seconds * 1e6:9.2f} us"
+                print(f"  {time} {one.blocks or 'the heuristic'} {one.note}", flush=True)
+            best = tried[0]
+            if args.write and best.blocks is not None and best.seconds is not None:
+                us = best.seconds * 1e6
+                write_blocks(op, problem.dtype, problem.shape, best.blocks, us=us, measured=where())
+            if best.seconds is None:
+                print(f"no candidate of {op} ran at {problem.shape}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,34 @@
+"""What `implementation=None` means: the Mosaic GPU form on Hopper, the XLA form elsewhere."""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def has_hopper() -> bool:
+    """Whether this process computes on Hopper GPUs, which the Mosaic bodies are written for."""
+    if jax.default_backend() != "gpu":
+        return False
+    return str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9.")
+
+
+def by_platform(op: str, pallas: Callable[..., Any], xla: Callable[..., Any], *arguments: Any) -> Any:
+    """`pallas(*arguments)` where the program is lowered for the Hopper GPUs of this process, else `xla(*arguments)`.
+
+    A program that is compiled for a GPU that isn't there takes "xla"; name "pallas" for the other.
+    """
+    _say_once(op, "pallas" if has_hopper() else "xla")
+    if not has_hopper():
+        return xla(*arguments)
+    return jax.lax.platform_dependent(*arguments, cuda=pallas, default=xla)
+
+
+@functools.cache
+def _say_once(op: str, form: str) -> None:
+    logger.info("%s: implementation %r", op, form)

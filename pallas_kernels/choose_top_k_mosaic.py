@@ -1,0 +1,80 @@
+"""The Mosaic GPU body of choose_top_k: a warp a token, the row in its registers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jmoe.pallas_kernels import simt
+from jmoe.pallas_kernels.simt import BLOCK_THREADS, WARP, Float, Pointer, Word
+
+NOBODY = 1 << 30  # above every expert
+
+
+def choose_rows(logits: jax.Array, k: int, renormalize: bool) -> tuple[jax.Array, jax.Array]:
+    """`choose_top_k` in one kernel; see there."""
+    tokens, num_experts = logits.shape
+    warps = BLOCK_THREADS // WARP
+
+    def choose_top_k(*refs):
+        simt.program(_program(tokens, num_experts, k, renormalize, logits.dtype), *refs)
+
+    idx, weights = plgpu.kernel(
+        choose_top_k,
+        out_type=(jax.ShapeDtypeStruct((tokens * k,), jnp.int32), jax.ShapeDtypeStruct((tokens * k,), jnp.float32)),
+        grid=(-(-tokens // warps),),
+        grid_names=("block",),
+    )(logits)
+    return idx.reshape(tokens, k), weights.reshape(tokens, k)
+
+
+def _program(tokens: int, num_experts: int, k: int, renormalize: bool, dtype: Any) -> Callable[..., None]:
+    """A warp takes one token: each lane holds every 32nd expert; k times the warp finds the largest that is left."""
+
+    def program(logits: Pointer, idx: Pointer, weights: Pointer):
+        lane = simt.thread() % WARP
+        token = simt.block() * (BLOCK_THREADS // WARP) + simt.warp()
+        with simt.when(token < tokens):
+            row = logits.skip(token, num_experts * jnp.dtype(dtype).itemsize)
+            experts = [lane + start for start in range(0, num_experts, WARP)]
+            inside = [expert < num_experts for expert in experts]
+            element = simt.element_type(dtype)
+            values = [
+                row.load_float(there.select(expert, 0), element) for expert, there in zip(experts, inside, strict=True)
+            ]
+            largest = values[0]
+            for value in values[1:]:
+                largest = largest.maximum(value)  # beyond the row stands expert 0 again
+            largest = simt.warp_reduce(largest, lambda a, b: a.maximum(b))
+            # exp is positive: its bits are in its order. -1 is below them all: beyond the row, or taken.
+            left = [there.select((v - largest).exp().bits(), -1) for v, there in zip(values, inside, strict=True)]
+            total = _total(left)
+            chosen, held = simt.word(0), simt.word(0)
+            for j in range(k):
+                best, winner = _best(left, experts)
+                left = [expert.equals(winner).select(-1, bits) for expert, bits in zip(experts, left, strict=True)]
+                chosen, held = lane.equals(j).select(winner, chosen), lane.equals(j).select(best, held)
+            if renormalize:
+                total = simt.warp_reduce(simt.Float.of_bits(held), lambda a, b: a + b)  # the other lanes hold 0
+            with simt.when(lane < k):
+                idx.store(token * k + lane, chosen)
+                weights.store_float(token * k + lane, simt.Float.of_bits(held) / total)
+
+    return program
+
+
+def _total(left: list[Word]) -> Float:
+    floats = [simt.Float.of_bits((bits >= 0).select(bits, 0)) for bits in left]
+    return simt.warp_reduce(sum(floats[1:], floats[0]), lambda a, b: a + b)
+
+
+def _best(left: list[Word], experts: list[Word]) -> tuple[Word, Word]:
+    """The largest bits of the warp, and the lowest expert that has them."""
+    own, owner = left[0], experts[0]
+    for bits, expert in zip(left[1:], experts[1:], strict=True):
+        better = own < bits
+        own, owner = better.select(bits, own), better.select(expert, owner)
+    best = simt.warp_largest(own)
+    return best, simt.warp_smallest(own.equals(best).select(owner, NOBODY))

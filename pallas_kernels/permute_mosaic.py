@@ -1,0 +1,243 @@
+"""The Mosaic GPU bodies of permute and unpermute: threads that count, sums over warps, rows copied by 16-byte vectors.
+
+Up to MAX_FUSED_PAIRS pairs one kernel does all: every block counts the experts anew (a few KB out of L2), then each of
+its warps finds the place of one pair and copies its row. Above that, counting again in every block would take
+O(pairs^2): see `permute_many_mosaic`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jmoe.pallas_kernels import simt
+from jmoe.pallas_kernels.permute_many_mosaic import permute_many
+from jmoe.pallas_kernels.simt import BLOCK_THREADS, WARP, Pointer, Word
+
+MAX_FUSED_PAIRS = 2048
+WARPS = BLOCK_THREADS // WARP
+VECTOR_BYTES = 16
+IN_FLIGHT = 8  # vectors of a row that a lane has asked for at a time: 4 KB a warp
+
+
+def permute_pallas(
+    rows: jax.Array, local_idx: jax.Array, num_experts: int, align: int, padded: int
+) -> tuple[jax.Array, ...]:
+    """The fields of `Permuted`, `padded` rows of them; see `permute`."""
+    num_rows, k = local_idx.shape
+    pairs, row_bytes = num_rows * k, rows.shape[1] * rows.dtype.itemsize
+    if row_bytes % VECTOR_BYTES:
+        raise ValueError(f"permute: 'pallas' expected rows of a multiple of {VECTOR_BYTES} bytes, got {row_bytes}")
+    if pairs > MAX_FUSED_PAIRS:
+        return permute_many(rows, local_idx, num_experts, align, padded)
+
+    def permute_rows(*refs):
+        simt.program(_fused(pairs, k, num_experts, align, row_bytes), *refs)
+
+    kernel = plgpu.kernel(
+        permute_rows,
+        out_type=(
+            jax.ShapeDtypeStruct((padded, rows.shape[1]), rows.dtype),
+            jax.ShapeDtypeStruct((num_experts,), jnp.int32),
+            jax.ShapeDtypeStruct((num_experts,), jnp.int32),
+            jax.ShapeDtypeStruct((pairs,), jnp.int32),
+        ),
+        scratch_types=[plgpu.SMEM((_round_up(pairs, 4),), jnp.int32), plgpu.SMEM((num_experts,), jnp.int32)],
+        grid=(1 + _ceil_div(pairs, WARPS),),
+        grid_names=("block",),
+    )
+    out, sizes, starts, positions = kernel(rows, local_idx.reshape(-1))
+    return out, sizes, starts, positions.reshape(num_rows, k)
+
+
+def unpermute_pallas(rows: jax.Array, positions: jax.Array, topk_weights: jax.Array | None) -> jax.Array:
+    """`unpermute` in one kernel: a thread sums 16 bytes of k rows, all k loads in flight; see there."""
+    num_rows, k = positions.shape
+    width = rows.shape[1]
+    lanes = VECTOR_BYTES // rows.dtype.itemsize
+    if rows.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32) or width % lanes:
+        raise ValueError(
+            f"unpermute: 'pallas' expected 16- or 32-bit floats, rows of a multiple of {VECTOR_BYTES} bytes, got "
+            f"{rows.dtype} and {width} columns"
+        )
+    blocks = _ceil_div(width // lanes, BLOCK_THREADS)
+
+    def unpermute_rows(*refs):
+        simt.program(_combine(k, width, lanes, blocks, rows.dtype, topk_weights is not None), *refs)
+
+    kernel = plgpu.kernel(
+        unpermute_rows,
+        out_type=jax.ShapeDtypeStruct((num_rows, width), jnp.float32),
+        grid=(num_rows * blocks,),
+        grid_names=("block",),
+    )
+    weights = () if topk_weights is None else (topk_weights.reshape(-1),)
+    return kernel(rows, positions.reshape(-1), *weights)
+
+
+def _combine(k: int, width: int, lanes: int, blocks: int, dtype: Any, weighted: bool) -> Callable[..., None]:
+    """Block b sums chunk b % blocks of row b // blocks."""
+
+    def program(rows: Pointer, positions: Pointer, *weights_and_out: Pointer):
+        *weights, out = weights_and_out
+        row = simt.block() // blocks
+        index = simt.thread() + simt.block() % blocks * BLOCK_THREADS
+        with simt.when(index < width // lanes):
+            places = [positions.load(row * k + j) for j in range(k)]
+            shares = [weights[0].load_float(row * k + j) for j in range(k)] if weighted else []
+            terms = []
+            for place in places:
+                source = rows.skip((place < 0).select(0, place), width * jnp.dtype(dtype).itemsize)
+                terms.append(simt.Floats.of(source.load_vector(index, lanes, simt.element_type(dtype))))
+            total = simt.Floats.zeros(lanes)
+            for j, term in enumerate(terms):
+                heard = places[j] >= 0
+                if weighted:
+                    term, heard = term.times(shares[j]), heard & simt.is_not_zero(shares[j])
+                total = total + term.where(heard)
+            target = out.skip(row, width * 4)
+            for i, four in enumerate(total.fours()):
+                target.store_vector(index * (lanes // 4) + i, four)
+
+    return program
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _round_up(a: int, b: int) -> int:
+    return _ceil_div(a, b) * b
+
+
+def _padded(count: Word, align: int) -> Word:
+    return count if align == 1 else (count + (align - 1)) // align * align
+
+
+def _fused(pairs: int, k: int, num_experts: int, align: int, row_bytes: int) -> Callable[..., None]:
+    """Block 0 says sizes and starts; warp w of block b > 0 moves pair (b - 1) * WARPS + w."""
+
+    def program(
+        rows: Pointer, local_idx: Pointer, out: Pointer, sizes: Pointer, starts: Pointer, positions: Pointer,
+        ids: Pointer, counts: Pointer,
+    ):  # fmt: skip
+        thread, lane, block = simt.thread(), simt.thread() % WARP, simt.block()
+        pair = (block - 1) * WARPS + simt.warp()
+        mine = (block >= 1) & (pair < pairs)
+        pair = mine.select(pair, 0)  # a warp with nothing to move still counts
+        store_row = _copy_row(rows.skip(pair // k, row_bytes), lane, row_bytes)
+        _count(local_idx, ids, counts, thread, pairs, num_experts)
+        with simt.when(mine):
+            expert = ids.load(pair)
+            with simt.when(expert < 0), simt.when(lane.equals(0)):
+                positions.store(pair, -1)
+            with simt.when(expert >= 0):
+                place = _sum_below(counts, expert, lane, align) + _rank(ids, pair, expert, lane)
+                with simt.when(lane.equals(0)):
+                    positions.store(pair, place)
+                store_row(out.skip(place, row_bytes))
+        with simt.when(block.equals(0)):
+            _say_groups(counts, sizes, starts, lane, num_experts, align)
+
+    return program
+
+
+def _count(local_idx: Pointer, ids: Pointer, counts: Pointer, thread: Word, pairs: int, num_experts: int) -> None:
+    """Copies the ids to shared memory and counts each expert's."""
+    steps = _ceil_div(pairs, BLOCK_THREADS)
+    full = pairs // BLOCK_THREADS
+    held = [local_idx.load(thread + step * BLOCK_THREADS) for step in range(full)]  # all in flight at once
+
+    def zero(index):
+        counts.store(index, 0)
+        return []
+
+    simt.loop(thread, num_experts, BLOCK_THREADS, [], zero)
+    simt.barrier()
+
+    def take(index, expert):
+        ids.store(index, expert)
+        with simt.when(expert >= 0):
+            counts.add(expert, 1)
+
+    for step, expert in enumerate(held):
+        take(thread + step * BLOCK_THREADS, expert)
+    if steps > full:
+        last = thread + full * BLOCK_THREADS
+        with simt.when(last < pairs):
+            take(last, local_idx.load(last))
+    simt.barrier()
+
+
+def _sum_below(counts: Pointer, expert: Word, lane: Word, align: int) -> Word:
+    """Rows of the groups before `expert`, padding included; a warp together."""
+
+    def add(index, total):
+        return [total + _padded(counts.load(index), align)]
+
+    [total] = simt.loop(lane, expert, WARP, [simt.word(0)], add)
+    return simt.warp_sum(total)
+
+
+def _rank(ids: Pointer, pair: Word, expert: Word, lane: Word) -> Word:
+    """Pairs before `pair` with the same expert; a warp together, four ids a lane and step."""
+
+    def add(index, total):
+        words = simt.words_of(ids.load_vector(index, 4, simt.i32()))
+        for i, word in enumerate(words):
+            total = total + (word.equals(expert) & (index * 4 + i < pair)).count()
+        return [total]
+
+    [total] = simt.loop(lane, (pair + 3) // 4, WARP, [simt.word(0)], add)
+    return simt.warp_sum(total)
+
+
+def _say_groups(counts: Pointer, sizes: Pointer, starts: Pointer, lane: Word, num_experts: int, align: int) -> None:
+    """Each warp says every fourth expert's size and start."""
+
+    def say(expert):
+        start = _sum_below(counts, expert, lane, align)
+        with simt.when(lane.equals(0)):
+            sizes.store(expert, counts.load(expert))
+            starts.store(expert, start)
+        return []
+
+    simt.loop(simt.warp(), num_experts, WARPS, [], say)
+
+
+def _copy_row(source: Pointer, lane: Word, row_bytes: int) -> Callable[[Pointer], None]:
+    """A warp copies one row. The first loads are in flight when this returns; what it returns stores them to a row."""
+    vectors = row_bytes // VECTOR_BYTES
+    batches = [
+        range(b, min(b + IN_FLIGHT, _ceil_div(vectors, WARP))) for b in range(0, _ceil_div(vectors, WARP), IN_FLIGHT)
+    ]
+
+    def load(batch):
+        found = []
+        for step in batch:
+            index = lane + step * WARP
+            inside = None if (step + 1) * WARP <= vectors else index < vectors
+            # beyond the row: the first vector again, which is never stored
+            found.append(
+                (index, inside, source.load_vector(index if inside is None else inside.select(index, 0), 4, simt.i32()))
+            )
+        return found
+
+    def store(target, held):
+        for index, inside, value in held:
+            if inside is None:
+                target.store_vector(index, value)
+            else:
+                with simt.when(inside):
+                    target.store_vector(index, value)
+
+    first = load(batches[0])
+
+    def finish(target: Pointer) -> None:
+        store(target, first)
+        for batch in batches[1:]:
+            store(target, load(batch))
+
+    return finish

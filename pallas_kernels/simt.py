@@ -1,0 +1,303 @@
+"""Per-thread code inside a Mosaic GPU kernel: 32-bit words with operators, loads and stores at byte offsets, loops.
+
+Pallas speaks of whole arrays; sorting rows by expert needs what it has no words for: a thread's own address, counters
+that a block shares, sums over a warp. `program` puts a function of raw pointers into a kernel; everything else here may
+only be called inside one. Works on jax 0.10.2 and 0.11.2.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jax.experimental.mosaic.gpu import utils as mosaic
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
+
+WARP = 32
+FULL_MASK = 0xFFFFFFFF
+BLOCK_THREADS = 128  # a Mosaic GPU kernel of one warpgroup
+
+
+def program(function: Callable[..., None], *refs: Any) -> None:
+    """Runs `function(*pointers)` in every thread of the block, one `Pointer` a ref (global or shared memory)."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+    def inlined(_ctx, *memrefs):
+        function(*(Pointer.of(memref) for memref in memrefs))
+
+    inlined(*refs)
+
+
+class Word:
+    """A 32-bit integer (or, from a comparison, one bit) of one thread. Division and remainder take it as unsigned."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __add__(self, other):
+        return Word(arith.addi(self.value, raw(other)))
+
+    def __sub__(self, other):
+        return Word(arith.subi(self.value, raw(other)))
+
+    def __mul__(self, other):
+        return Word(arith.muli(self.value, raw(other)))
+
+    def __floordiv__(self, other):
+        return Word(arith.divui(self.value, raw(other)))
+
+    def __mod__(self, other):
+        return Word(arith.remui(self.value, raw(other)))
+
+    def __and__(self, other):
+        return Word(arith.andi(self.value, raw(other)))
+
+    def __lt__(self, other):
+        return Word(arith.cmpi(arith.CmpIPredicate.slt, self.value, raw(other)))
+
+    def __ge__(self, other):
+        return Word(arith.cmpi(arith.CmpIPredicate.sge, self.value, raw(other)))
+
+    def equals(self, other):
+        return Word(arith.cmpi(arith.CmpIPredicate.eq, self.value, raw(other)))
+
+    def select(self, yes, no):
+        """`yes` where this bit is set, else `no`."""
+        return Word(arith.select(self.value, raw(yes), raw(no)))
+
+    def count(self):
+        """This bit as a word."""
+        return Word(arith.extui(i32(), self.value))
+
+
+class Pointer:
+    """The first byte of a ref. Offsets are in elements of what is loaded; `skip` moves by whole rows, in 64 bits."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    @classmethod
+    def of(cls, memref: Any) -> "Pointer":
+        pointer = mosaic.memref_ptr(memref)
+        if pointer.type.address_space in (None, 0):  # global: said so, the loads need not look which memory it is
+            pointer = llvm.addrspacecast(llvm.PointerType.get(1), pointer)
+        return cls(pointer)
+
+    def skip(self, count: Word, row_bytes: int) -> "Pointer":
+        i64 = ir.IntegerType.get_signless(64)
+        offset = arith.muli(arith.extui(i64, count.value), arith.constant(i64, row_bytes))
+        return Pointer(mosaic.getelementptr(self.value, [offset], ir.IntegerType.get_signless(8)))
+
+    def at(self, index: Any, element: Any) -> Any:
+        return mosaic.getelementptr(self.value, [raw(index)], element)
+
+    def load(self, index: Any) -> Word:
+        return Word(llvm.load(i32(), self.at(index, i32()), alignment=4))
+
+    def store(self, index: Any, word: Any) -> None:
+        llvm.store(raw(word), self.at(index, i32()), alignment=4)
+
+    def load_vector(self, index: Any, length: int, element: Any) -> Any:
+        """`length` elements, 16 bytes in all, at vector number `index`; an MLIR vector."""
+        kind = ir.VectorType.get((length,), element)
+        return llvm.load(kind, self.at(index, kind), alignment=16)
+
+    def store_vector(self, index: Any, value: Any) -> None:
+        llvm.store(value, self.at(index, value.type), alignment=16)
+
+    def load_float(self, index: Any, element: Any = None) -> "Float":
+        """A float32, or a shorter float as one."""
+        f32 = ir.F32Type.get()
+        kind = f32 if element is None else element
+        found = llvm.load(kind, self.at(index, kind))
+        return Float(found if kind == f32 else arith.extf(f32, found))
+
+    def store_float(self, index: Any, value: "Float") -> None:
+        llvm.store(value.value, self.at(index, value.value.type), alignment=4)
+
+    def add(self, index: Any, word: Any) -> None:
+        """Atomically; the sum doesn't depend on the order, as these are integers."""
+        llvm.atomicrmw(llvm.AtomicBinOp.add, self.at(index, i32()), raw(word), llvm.AtomicOrdering.monotonic)
+
+
+def i32() -> Any:
+    return ir.IntegerType.get_signless(32)
+
+
+def raw(value: Any) -> Any:
+    """The MLIR value of a Word, or of a Python int."""
+    if isinstance(value, Word):
+        return value.value
+    return arith.constant(i32(), value) if isinstance(value, int) else value
+
+
+def word(value: int) -> Word:
+    """A constant."""
+    return Word(raw(value))
+
+
+def thread() -> Word:
+    """This thread's number in its block."""
+    return Word(mosaic.thread_idx())
+
+
+def block() -> Word:
+    """This block's number in a grid of one axis."""
+    return Word(mosaic.block_idx())
+
+
+def warp() -> Word:
+    """This warp's number in its block, known to be the same for the whole warp."""
+    return Word(mosaic.warp_idx())
+
+
+def barrier() -> None:
+    """All threads of the block arrive; what they wrote to shared memory is visible."""
+    mosaic.warpgroup_barrier()
+
+
+@contextlib.contextmanager
+def when(condition: Word) -> Iterator[None]:
+    with mosaic.when(condition.value):
+        yield
+
+
+def loop(start: Any, stop: Any, step: Any, carries: Sequence[Word], body: Callable[..., Sequence[Word]]) -> list[Word]:
+    """for i in range(start, stop, step): carries = body(i, *carries)."""
+    operation = scf.ForOp(raw(start), raw(stop), raw(step), [raw(carry) for carry in carries])
+    with ir.InsertionPoint(operation.body):
+        found = body(Word(operation.induction_variable), *map(Word, operation.inner_iter_args))
+        scf.yield_([raw(word) for word in found])
+    return [Word(result) for result in operation.results]
+
+
+def warp_sum(word: Word) -> Word:
+    """The sum over the warp's 32 lanes, in each of them."""
+    return Word(nvvm.redux_sync(word.value, nvvm.ReductionKind.ADD, mosaic.c(FULL_MASK, i32())))
+
+
+def warp_largest(word: Word) -> Word:
+    """The largest over the warp, signed."""
+    return Word(nvvm.redux_sync(word.value, nvvm.ReductionKind.MAX, mosaic.c(FULL_MASK, i32())))
+
+
+def warp_smallest(word: Word) -> Word:
+    """The smallest over the warp, signed."""
+    return Word(nvvm.redux_sync(word.value, nvvm.ReductionKind.MIN, mosaic.c(FULL_MASK, i32())))
+
+
+def warp_reduce(value: "Float", combine: Callable[["Float", "Float"], "Float"]) -> "Float":
+    """Over the warp, in each lane, by halves: the same order of additions every time."""
+    for distance in (16, 8, 4, 2, 1):
+        value = combine(value, Float(mosaic.shfl_bfly(value.value, distance)))
+    return value
+
+
+def warp_sum_before(word: Word, lane: Word) -> Word:
+    """The sum over the lanes before this one."""
+    total = word
+    for distance in (1, 2, 4, 8, 16):
+        below = Word(nvvm.shfl_sync(mosaic.c(FULL_MASK, i32()), total.value, raw(distance), raw(0), nvvm.ShflKind.up))
+        total = total + (lane >= distance).select(below, 0)
+    return total - word
+
+
+def warp_same(word: Word, lane: Word) -> tuple[Word, Word]:
+    """How many lanes before this one hold the same word, and how many in all."""
+    # PTX, as nvvm.match_sync loses its kind on the way to the compiler. 0.10.2's inline_asm can't say `convergent`;
+    # there the side effect alone keeps it in place.
+    convergent: dict[str, Any] = {"convergent": True} if hasattr(llvm.InlineAsmOp, "convergent") else {}
+    text, operands = "match.any.sync.b32 $0, $1, 0xffffffff;", [word.value]
+    mask = Word(llvm.inline_asm(i32(), operands, text, "=r,r", has_side_effects=True, **convergent))
+    before = mask & (Word(arith.shli(raw(1), lane.value)) - 1)
+    return Word(llvm.intr_ctpop(before.value)), Word(llvm.intr_ctpop(mask.value))
+
+
+def warp_barrier() -> None:
+    mosaic.warp_barrier()
+
+
+def words_of(value: Any) -> list[Word]:
+    """The words of an MLIR vector."""
+    [length] = value.type.shape
+    return [Word(vector.extract(value, dynamic_position=[], static_position=[i])) for i in range(length)]
+
+
+class Float:
+    """A float32 of one thread."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __add__(self, other):
+        return Float(arith.addf(self.value, other.value))
+
+    def __sub__(self, other):
+        return Float(arith.subf(self.value, other.value))
+
+    def __truediv__(self, other):
+        return Float(arith.divf(self.value, other.value))
+
+    def maximum(self, other):
+        return Float(arith.maximumf(self.value, other.value))
+
+    def exp(self):
+        """By the hardware's 2^x, within 2 units in the last place."""
+        scaled = arith.mulf(self.value, arith.constant(ir.F32Type.get(), math.log2(math.e)))
+        return Float(llvm.inline_asm(ir.F32Type.get(), [scaled], "ex2.approx.ftz.f32 $0, $1;", "=f,f"))
+
+    def bits(self) -> Word:
+        """As a word; of floats that aren't negative, in their order."""
+        return Word(arith.bitcast(i32(), self.value))
+
+    @classmethod
+    def of_bits(cls, word: Word) -> "Float":
+        return cls(arith.bitcast(ir.F32Type.get(), word.value))
+
+
+class Floats:
+    """A vector of float32 of one thread."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    @classmethod
+    def of(cls, value: Any) -> "Floats":
+        """From a vector of any float."""
+        [length] = value.type.shape
+        kind = ir.VectorType.get((length,), ir.F32Type.get())
+        return cls(value if value.type == kind else arith.extf(kind, value))
+
+    @classmethod
+    def zeros(cls, length: int) -> "Floats":
+        kind = ir.VectorType.get((length,), ir.F32Type.get())
+        zero = ir.FloatAttr.get(ir.F32Type.get(), 0.0)
+        return cls(arith.constant(kind, ir.DenseElementsAttr.get_splat(kind, zero)))
+
+    def __add__(self, other: "Floats") -> "Floats":
+        return Floats(arith.addf(self.value, other.value))
+
+    def times(self, factor: "Float") -> "Floats":
+        return Floats(arith.mulf(self.value, vector.broadcast(self.value.type, factor.value)))
+
+    def where(self, condition: Word) -> "Floats":
+        """Zeros where this bit isn't set."""
+        return Floats(arith.select(condition.value, self.value, Floats.zeros(self.value.type.shape[0]).value))
+
+    def fours(self) -> list[Any]:
+        """Vectors of four, which is what a store of 16 bytes takes."""
+        length = self.value.type.shape[0]
+        four = ir.VectorType.get((4,), ir.F32Type.get())
+        return [vector.extract_strided_slice(four, self.value, [i], [4], [1]) for i in range(0, length, 4)]
+
+
+def is_not_zero(value: Float) -> Word:
+    """Whether it isn't 0; NaN isn't."""
+    return Word(arith.cmpf(arith.CmpFPredicate.UNE, value.value, arith.constant(ir.F32Type.get(), 0.0)))
+
+
+def element_type(dtype: Any) -> Any:
+    """The MLIR type of a dtype's elements."""
+    return mosaic.dtype_to_ir_type(dtype)
