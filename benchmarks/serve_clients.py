@@ -4,6 +4,7 @@ As a script it is one such process: requests come as JSON lines on stdin, record
 """
 
 import asyncio
+import contextlib
 import json
 import queue
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from serve_metrics import Record
@@ -25,6 +27,7 @@ def send_all(
     num_processes: int,
     progress: Callable[[int], None],
     timeout_s: float,
+    around: Callable[[], AbstractContextManager] = contextlib.nullcontext,
 ) -> list[Record]:
     """Sends requests from several client processes and waits for all of them.
 
@@ -34,6 +37,7 @@ def send_all(
       num_processes: client processes; requests are dealt out in turn.
       progress: gets the number of requests that have ended.
       timeout_s: for all of them together.
+      around: entered once the clients are ready, for as long as requests run (a lock on a shared machine, say).
 
     Returns:
       A Record for each request, in order.
@@ -55,12 +59,13 @@ def send_all(
             threading.Thread(target=_read, args=(client, lines), daemon=True).start()
         for _ in clients:
             _next(lines, time.monotonic() + _READY_S)
-        start = time.monotonic() + 0.2
-        for client in clients:
-            assert client.stdin is not None
-            client.stdin.write(f"{start}\n")
-            client.stdin.close()
-        return _gather(lines, requests, start, progress, timeout_s)
+        with around():
+            start = time.monotonic() + 0.2
+            for client in clients:
+                assert client.stdin is not None
+                client.stdin.write(f"{start}\n")
+                client.stdin.close()
+            return _gather(lines, requests, start, progress, timeout_s)
     finally:
         for client in clients:
             client.kill()
@@ -98,31 +103,33 @@ def _next(lines: queue.SimpleQueue, deadline: float) -> dict[str, Any]:
 
 
 async def _client(address: str) -> None:
-    """The body of a client process."""
+    """The body of a client process. What it imports takes a second: before it says that it is ready."""
     import grpc.aio
 
+    from jmoe.serving.grpc_messages import request_message
     from jmoe.serving.protos import jmoe_pb2_grpc
+    from jmoe.serving.requests import SamplingParams
 
     requests = json.loads(sys.stdin.readline())
     options = [("grpc.use_local_subchannel_pool", 1)]  # a connection for each channel
     channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(_CHANNELS)]
     await asyncio.gather(*(channel.channel_ready() for channel in channels))
     stubs = [jmoe_pb2_grpc.GenerationStub(channel) for channel in channels]
+    messages = [
+        request_message(request["prompt"], SamplingParams(request["output_len"], ignore_eos=True), "")
+        for request in requests
+    ]
     _say({"ready": True})
     start = float(sys.stdin.readline())
-    tasks = [_stream(stubs[n % _CHANNELS], request, start) for n, request in enumerate(requests)]
-    await asyncio.gather(*tasks)
+    pairs = enumerate(zip(messages, requests, strict=True))
+    await asyncio.gather(*(_stream(stubs[n % _CHANNELS], *pair, start) for n, pair in pairs))
     await asyncio.gather(*(channel.close() for channel in channels))
 
 
-async def _stream(stub, request: dict[str, Any], start: float) -> None:
+async def _stream(stub, message, request: dict[str, Any], start: float) -> None:
     """One request, sent when it is due."""
     import grpc
 
-    from jmoe.serving.grpc_messages import request_message
-    from jmoe.serving.requests import SamplingParams
-
-    message = request_message(request["prompt"], SamplingParams(request["output_len"], ignore_eos=True), "")
     await asyncio.sleep(max(0.0, start + request["at"] - time.monotonic()))
     chunks, error = [], None
     try:

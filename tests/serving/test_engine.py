@@ -184,3 +184,30 @@ def test_stats_tell_where_requests_and_pages_are():
     finish(engine)
     stats = engine.stats()
     assert (stats["output_tokens"], stats["prefill_tokens"], stats["decode_calls"]) == (15, 24, 3)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_next_call_starts_before_the_tokens_of_the_one_before_are_read(depth):
+    executor, events = FakeExecutor(make_cell()), []
+    submit, collect = executor.submit, executor.collect
+    executor.submit = lambda *args: (events.append("s"), submit(*args))[1]
+    executor.collect = lambda: (events.append("c"), collect())[1]
+    engine, client = Engine(executor, EngineConfig(max_calls_in_flight=depth)), Client()
+    engine.submit(prompt_of(5), SamplingParams(max_tokens=25, ignore_eos=True), client)
+    finish(engine)
+    assert "".join(events) == "s" * depth + "cs" * (7 - depth) + "c" * depth
+    assert client.tokens == expected_tokens(prompt_of(5), SamplingParams(max_tokens=25, ignore_eos=True), engine.cell)
+
+
+def test_a_chunk_budget_lets_more_prefill_calls_come_between_two_decode_calls():
+    kinds = {}
+    for budget in (None, 8, 24):  # a call of one lane is 8 tokens
+        executor = FakeExecutor(make_cell(micro_batches=1, rows=2, chunk_len=8, num_pages=99, max_len=99))
+        engine = Engine(executor, EngineConfig(max_prefill_tokens=budget, max_calls_in_flight=1))
+        engine.submit(prompt_of(1), SamplingParams(max_tokens=40, ignore_eos=True), Client())
+        engine.step()
+        engine.submit(prompt_of(48), SamplingParams(max_tokens=1, ignore_eos=True), Client())
+        finish(engine)
+        kinds[budget] = "".join(key.kind[0] for key, _ in executor.calls)[1:]
+    assert kinds[None] == kinds[8] == "dp" * 6 + "d" * 4  # the prefill of the first one counts
+    assert kinds[24] == "ppdpppdp" + "d" * 8
