@@ -7,11 +7,13 @@
 "%" is floor over time, the floor being max(bytes of the active experts' weights and scales and of the rows in and out
 over the read bandwidth, 6 * pairs * D * F over the product rate), both measured in the same run. Whole FFN: permute,
 grouped products, SwiGLU, combine. Products: the grouped products alone, rows already permuted. Error: relative, against
-float64 of the bf16 weights at sampled rows. "same" says whether two calls gave the same bits. jax programs are timed by
-a slope between call counts, torch by CUDA graph replay, both over rotating inputs.
+float64 of the bf16 weights at sampled rows. "same" says whether two calls gave the same bits. jax programs are timed on
+the device by the profiler (a program of calls in a row, gaps between launches included), torch by CUDA graph replay,
+both over rotating inputs, medians. --json also holds each kernel's time.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -23,8 +25,20 @@ from typing import Any
 import expert_ffn_peers as peers
 import jax
 import numpy as np
-from device_time import ceilings, relative_error, seconds_per_call, where
-from expert_ffn_cases import MODELS, ROUTINGS, Case, Inputs, active_experts, floor_of, make_inputs, make_weights, truth
+from device_profile import ceilings, profile
+from device_time import relative_error, seconds_per_call, where
+from expert_ffn_cases import (
+    MODELS,
+    ROUTINGS,
+    Case,
+    Inputs,
+    active_experts,
+    floor_of,
+    make_inputs,
+    make_weights,
+    scaled_weights,
+    truth,
+)
 
 from jmoe.pallas_kernels.expert_ffn import expert_ffn
 
@@ -46,6 +60,7 @@ class Result:
     products_percent: float | None = None
     error: float | None = None
     same: bool | None = None
+    kernels_us: dict[str, float] | None = None
     note: str = ""
 
 
@@ -61,6 +76,10 @@ class Setting:
     blank: Result
     around: Callable[[], Any] | None
 
+    def alone(self) -> Any:
+        """What device work stands in."""
+        return self.around() if self.around is not None else contextlib.nullcontext()
+
     def result(self, name: str, seconds: float, products: float | None, outs: list[Any]) -> Result:
         floor = self.blank.floor_us
         return dataclasses.replace(
@@ -75,19 +94,26 @@ class Setting:
         )
 
 
+OVERHEAD = ("permute", "count_pairs", "place_pairs", "copy_rows")  # kernels of ours beside the products
+
+
 def measure_jax(setting: Setting, name: str, function: Callable, weights: tuple[Any, ...]) -> Result:
-    """A traceable FFN: twice the same call for its bits, then its time."""
+    """A traceable FFN: twice the same call for its bits, then its time on the device (on a CPU, by the wall clock)."""
     calls = [(i.rows, i.local_idx, i.topk_weights, *weights) for i in setting.inputs]
-    start = time.perf_counter()
     compiled = jax.jit(function).lower(*calls[0]).compile()
-    compile_s = time.perf_counter() - start
-    outs = [np.asarray(compiled(*calls[0])) for _ in range(2)]
-    start = time.perf_counter()
-    jax.block_until_ready(compiled(*calls[1]))
-    slow = time.perf_counter() - start > 0.02
-    few, many = (2, 4) if slow else (2, 8) if compile_s > 5 else (4, 24)
-    seconds = seconds_per_call(function, calls, few=few, many=many, repeats=3 if slow else 7, around=setting.around)
-    return setting.result(name, seconds, None, outs)
+    with setting.alone():
+        outs = [np.asarray(compiled(*calls[0])) for _ in range(2)]
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*calls[1]))
+        slow = time.perf_counter() - start > 0.02
+    if jax.default_backend() != "gpu":
+        return setting.result(name, seconds_per_call(function, calls, few=2, many=8, repeats=3), None, outs)
+    found = profile(function, calls, calls=4 if slow else 12, repeats=3 if slow else 5, around=setting.around)
+    if not name.startswith("jmoe"):
+        return setting.result(name, found.seconds, None, outs)
+    kernels = {kernel: seconds * 1e6 for kernel, seconds in found.kernels.items()}
+    products = sum(us for kernel, us in kernels.items() if not any(word in kernel for word in OVERHEAD)) / 1e6
+    return dataclasses.replace(setting.result(name, found.seconds, products, outs), kernels_us=kernels)
 
 
 def measure_torch(setting: Setting) -> Iterator[Result]:
@@ -96,10 +122,13 @@ def measure_torch(setting: Setting) -> Iterator[Result]:
         yield dataclasses.replace(setting.blank, name="torch", note="no torch with CUDA here")
         return
     kind = peers.TorchPeers if setting.case.dtype == "bf16" else peers.TorchScaledPeers
-    found = kind(torch, setting.inputs, setting.weights)
+    with setting.alone():
+        found = kind(torch, setting.inputs, setting.weights)
+        torch.cuda.synchronize()
     for name, (whole, products) in found.thunks().items():
         try:
-            outs = [whole[0]().cpu().numpy() for _ in range(2)]
+            with setting.alone():
+                outs = [whole[0]().cpu().numpy() for _ in range(2)]
             seconds = peers.graph_seconds(torch, whole, setting.around)
             alone = None if products is None else peers.graph_seconds(torch, products, setting.around)
             yield setting.result(name, seconds, alone, outs)
@@ -114,15 +143,17 @@ def measure(setting: Setting, args: argparse.Namespace) -> Iterator[Result]:
     candidates = {}
     for implementation in args.implementations:
         candidates[f"jmoe {implementation}"] = functools.partial(expert_ffn, implementation=implementation)
-    if args.peers and setting.case.dtype == "bf16":
-        candidates |= peers.jax_peers(setting.case.tokens)
+    weights = setting.weights
     if setting.case.dtype == "fp8":
-        candidates = {}
+        weights = scaled_weights(setting.weights)
+    elif args.peers:
+        candidates |= peers.jax_peers(setting.case.tokens)
     for name, function in candidates.items():
         try:
-            yield measure_jax(setting, name, function, setting.weights)
-        except Exception as error:  # a peer that can't run here is a row that says why
+            yield measure_jax(setting, name, function, weights)
+        except Exception as error:  # one that can't run here is a row that says why
             yield dataclasses.replace(setting.blank, name=name, note=first_line(error))
+    del weights
     if args.peers:
         yield from measure_torch(setting)
 
@@ -164,7 +195,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=lambda text: [int(t) for t in text.split(",")], default=[16, 128, 512, 4096])
     parser.add_argument("--dtypes", type=names, default=["bf16", "fp8"])
     parser.add_argument("--routings", type=names, default=list(ROUTINGS))
-    parser.add_argument("--implementations", type=names, default=["xla"])
+    parser.add_argument("--implementations", type=names, default=["pallas"])
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", help="also write the rows to this file")
     return parser.parse_args(argv)

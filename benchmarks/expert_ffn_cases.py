@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from device_time import floor_s
 
+from jmoe.pallas_kernels.block_scaled import BlockScaled, quantize_blocks
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -85,6 +87,12 @@ def make_weights(model: Model) -> tuple[jax.Array, jax.Array, jax.Array]:
 
     wide, back = (model.experts, model.hidden, model.width), (model.experts, model.width, model.hidden)
     return normal(1, *wide), normal(2, *wide), normal(3, *back)
+
+
+def scaled_weights(weights: tuple[jax.Array, ...]) -> tuple[BlockScaled, ...]:
+    """The same in float8, one expert at a time: all at once in float32 doesn't fit beside them."""
+    one_by_one = jax.jit(lambda w: jax.lax.map(lambda e: quantize_blocks(e.T), w))
+    return tuple(one_by_one(w) for w in weights)
 
 
 def active_experts(inputs: list[Inputs]) -> float:

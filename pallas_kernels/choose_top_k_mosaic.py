@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels import simt
-from jmoe.pallas_kernels.simt import BLOCK_THREADS, WARP, Float, Pointer, Word
+from jmoe.pallas_kernels import simt_floats as floats
+from jmoe.pallas_kernels.simt import BLOCK_THREADS, WARP, Pointer, Word
+from jmoe.pallas_kernels.simt_floats import Float
 
 NOBODY = 1 << 30  # above every expert
 
@@ -42,12 +44,13 @@ def _program(tokens: int, num_experts: int, k: int, renormalize: bool, dtype: An
             inside = [expert < num_experts for expert in experts]
             element = simt.element_type(dtype)
             values = [
-                row.load_float(there.select(expert, 0), element) for expert, there in zip(experts, inside, strict=True)
+                floats.Float.load(row, there.select(expert, 0), element)
+                for expert, there in zip(experts, inside, strict=True)
             ]
             largest = values[0]
             for value in values[1:]:
                 largest = largest.maximum(value)  # beyond the row stands expert 0 again
-            largest = simt.warp_reduce(largest, lambda a, b: a.maximum(b))
+            largest = floats.warp_reduce(largest, lambda a, b: a.maximum(b))
             # exp is positive: its bits are in its order. -1 is below them all: beyond the row, or taken.
             left = [there.select((v - largest).exp().bits(), -1) for v, there in zip(values, inside, strict=True)]
             total = _total(left)
@@ -57,17 +60,17 @@ def _program(tokens: int, num_experts: int, k: int, renormalize: bool, dtype: An
                 left = [expert.equals(winner).select(-1, bits) for expert, bits in zip(experts, left, strict=True)]
                 chosen, held = lane.equals(j).select(winner, chosen), lane.equals(j).select(best, held)
             if renormalize:
-                total = simt.warp_reduce(simt.Float.of_bits(held), lambda a, b: a + b)  # the other lanes hold 0
+                total = floats.warp_reduce(floats.Float.of_bits(held), lambda a, b: a + b)  # the other lanes hold 0
             with simt.when(lane < k):
                 idx.store(token * k + lane, chosen)
-                weights.store_float(token * k + lane, simt.Float.of_bits(held) / total)
+                (floats.Float.of_bits(held) / total).store(weights, token * k + lane)
 
     return program
 
 
 def _total(left: list[Word]) -> Float:
-    floats = [simt.Float.of_bits((bits >= 0).select(bits, 0)) for bits in left]
-    return simt.warp_reduce(sum(floats[1:], floats[0]), lambda a, b: a + b)
+    parts = [floats.Float.of_bits((bits >= 0).select(bits, 0)) for bits in left]
+    return floats.warp_reduce(sum(parts[1:], parts[0]), lambda a, b: a + b)
 
 
 def _best(left: list[Word], experts: list[Word]) -> tuple[Word, Word]:

@@ -4,17 +4,25 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-Implementation = Literal["xla", "reference"]
+from jmoe.pallas_kernels.block_scaled import BlockScaled, quantize_rows
+from jmoe.pallas_kernels.block_scaled_ffn import block_scaled_ffn
+from jmoe.pallas_kernels.choice import by_platform
+from jmoe.pallas_kernels.grouped_matmul import gated_grouped_matmul, grouped_matmul
+from jmoe.pallas_kernels.permute import permute, unpermute
+
+Implementation = Literal["xla", "pallas", "reference"]
+ALIGN = 8  # rows that a group's start is a multiple of
 
 
 def expert_ffn(
     rows: jax.Array,
     local_idx: jax.Array,
     topk_weights: jax.Array,
-    gate_proj: jax.Array,
-    up_proj: jax.Array,
-    down_proj: jax.Array,
+    gate_proj: jax.Array | BlockScaled,
+    up_proj: jax.Array | BlockScaled,
+    down_proj: jax.Array | BlockScaled,
     *,
     implementation: Implementation | None = None,
 ) -> jax.Array:
@@ -25,26 +33,47 @@ def expert_ffn(
       local_idx: `[rows, k]` int32, experts of this node that the row chose; -1 where its choice is elsewhere.
       topk_weights: `[rows, k]` float32, ignored where local_idx is -1.
       gate_proj, up_proj: `[E, D, F]`; down_proj: `[E, F, D]`; E experts of this node, F this tensor rank's columns.
+        Or all three `BlockScaled`, of values `[E, F, D]` and `[E, D, F]`: see `block_scaled_ffn`.
       implementation: "xla" (every expert over every row, batched: reads each weight once and copies none; its waste
-        is E/k in operations, none in bytes), "reference" (float32, a gathered expert a row), None for the best.
+        is E/k in operations, none in bytes), "pallas" (rows permuted by expert, grouped products; Hopper, bf16 or
+        scaled float8), "reference" (float32, a gathered expert a row), None for "pallas" where it fits, else "xla".
 
     Returns:
       `[rows, D]` float32 partial sums (over the node's experts and this rank's columns). A row with no local expert
       gives zeros.
 
     Raises:
-      ValueError: shapes that don't belong together, or an unknown implementation.
+      ValueError: shapes that don't belong together, or an implementation that is unknown or can't run.
     """
-    num_experts, hidden, width = gate_proj.shape
-    if up_proj.shape != gate_proj.shape or down_proj.shape != (num_experts, width, hidden) or rows.shape[1] != hidden:
+    shapes = [_shape(weights) for weights in (gate_proj, up_proj, down_proj)]
+    num_experts, hidden, width = shapes[0]
+    scaled = {isinstance(weights, BlockScaled) for weights in (gate_proj, up_proj, down_proj)}
+    if shapes[1:] != [shapes[0], (num_experts, width, hidden)] or rows.shape[1] != hidden or len(scaled) > 1:
         raise ValueError(
-            f"expert_ffn: expected rows [rows, D], gate and up [E, D, F] and down [E, F, D], got {rows.shape}, "
-            f"{gate_proj.shape}, {up_proj.shape} and {down_proj.shape}"
+            f"expert_ffn: expected rows [rows, D], gate and up [E, D, F] and down [E, F, D], all BlockScaled or none, "
+            f"got {rows.shape} and (as [E, in, out]) {', '.join(map(str, shapes))}"
         )
-    if implementation == "reference":
-        return _reference(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj)
-    if implementation not in (None, "xla"):
-        raise ValueError(f"expert_ffn: expected implementation 'xla', 'reference' or None, got {implementation!r}")
+    arguments = (rows, local_idx, topk_weights, gate_proj, up_proj, down_proj)
+    if implementation is None:
+        return by_platform("expert_ffn", _pallas, _xla, *arguments) if _fits_pallas(*arguments) else _xla(*arguments)
+    if implementation not in FORMS:
+        raise ValueError(
+            f"expert_ffn: expected implementation 'xla', 'pallas', 'reference' or None, got {implementation!r}"
+        )
+    return FORMS[implementation](*arguments)
+
+
+def _shape(weights: jax.Array | BlockScaled) -> tuple[int, ...]:
+    """[E, in, out]; BlockScaled has `in` last."""
+    shape = tuple(weights.shape)
+    return (*shape[:1], *shape[:0:-1]) if isinstance(weights, BlockScaled) else shape
+
+
+def _xla(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj):
+    """Every expert over every row, batched: reads each weight once and copies none."""
+    if isinstance(gate_proj, BlockScaled):
+        return block_scaled_ffn(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj, implementation="xla")
+    num_experts = gate_proj.shape[0]
     chosen = local_idx[:, :, None] == jnp.arange(num_experts, dtype=jnp.int32)
     share = jnp.sum(jnp.where(chosen, topk_weights[:, :, None], 0.0), axis=1)  # [rows, E], 0 where not chosen
     batched = jnp.broadcast_to(rows, (num_experts, *rows.shape))
@@ -56,6 +85,43 @@ def expert_ffn(
     return sum(terms[1:], terms[0])
 
 
+def _fits_pallas(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj) -> bool:
+    """Whether the Mosaic bodies take these: bf16 (or scaled float8) in whole tiles, eight pairs at least."""
+    _, hidden, width = _shape(gate_proj)
+    scaled = isinstance(gate_proj, BlockScaled)
+    unit = 128 if scaled else 64
+    kind = rows.dtype == jnp.bfloat16 and (scaled or gate_proj.dtype == jnp.bfloat16)
+    return kind and hidden % unit == 0 and width % unit == 0 and local_idx.size >= 8
+
+
+@jax.custom_vjp
+def _pallas(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj):
+    """permute, two grouped products, unpermute, each a Mosaic GPU kernel (permute: three above 2,048 pairs)."""
+    scaled = isinstance(gate_proj, BlockScaled)
+    num_experts = _shape(gate_proj)[0]
+    permuted = permute(rows, local_idx, num_experts, align=ALIGN, float8=scaled, implementation="pallas")
+    sizes, groups = permuted.group_sizes, {"group_starts": permuted.group_starts, "implementation": "pallas"}
+    hidden = gated_grouped_matmul(permuted.rows, gate_proj, up_proj, sizes, rows_scales=permuted.scales, **groups)
+    hidden, scales = quantize_rows(hidden) if scaled else (hidden, None)
+    out = grouped_matmul(hidden, down_proj, sizes, rows_scales=scales, **groups)
+    return unpermute(out, permuted.positions, topk_weights, implementation="pallas")
+
+
+def _pallas_forward(*arguments):
+    return _pallas(*arguments), arguments
+
+
+def _pallas_backward(arguments, cotangent):
+    """The XLA form's."""
+    rows, local_idx, *rest = arguments
+    _, pull = jax.vjp(lambda rows, *rest: _xla(rows, local_idx, *rest), rows, *rest)
+    found = pull(cotangent)
+    return found[0], np.zeros(local_idx.shape, jax.dtypes.float0), *found[1:]
+
+
+_pallas.defvjp(_pallas_forward, _pallas_backward)
+
+
 def _batched_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """[E, rows, in] x [E, in, out] -> [E, rows, out] in float32."""
     return jax.lax.dot_general(x, w, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
@@ -63,6 +129,9 @@ def _batched_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def _reference(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj):
     """Float32, the chosen experts' weights gathered for each row."""
+    if isinstance(gate_proj, BlockScaled):
+        weights = (gate_proj, up_proj, down_proj)
+        return block_scaled_ffn(rows, local_idx, topk_weights, *weights, implementation="reference")
     x = rows.astype(jnp.float32)
     out = jnp.zeros_like(x)
     for j in range(local_idx.shape[1]):
@@ -72,3 +141,6 @@ def _reference(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj):
         term = topk_weights[:, j, None] * jnp.einsum("rf,rfd->rd", hidden, down)
         out = out + jnp.where(local_idx[:, j, None] >= 0, term, 0.0)
     return out
+
+
+FORMS = {"xla": _xla, "pallas": _pallas, "reference": _reference}

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jmoe.pallas_kernels.block_scaled import quantize_rows
+
 Implementation = Literal["xla", "pallas", "reference"]
 
 
@@ -16,6 +18,7 @@ class Permuted(NamedTuple):
     group_sizes: jax.Array  # [E] int32
     group_starts: jax.Array  # [E] int32, multiples of `align`
     positions: jax.Array  # [rows, k] int32, where a row's j-th choice stands; -1 where it chose none
+    scales: jax.Array | None = None  # [padded, D / 128] float32, of rows that were rounded to float8
 
 
 def num_padded_rows(num_rows: int, k: int, num_experts: int, align: int) -> int:
@@ -30,6 +33,7 @@ def permute(
     num_experts: int,
     *,
     align: int = 1,
+    float8: bool = False,
     implementation: Implementation | None = None,
 ) -> Permuted:
     """A stable counting sort of (row, choice) pairs by expert, and the rows gathered in that order.
@@ -39,6 +43,7 @@ def permute(
       local_idx: `[rows, k]` int32, experts 0 .. num_experts - 1; -1 for none.
       num_experts: E.
       align: every group starts at a multiple of it.
+      float8: round the rows to float8_e4m3fn with a scale a 128 columns, as `quantize_rows` does, on the way.
       implementation: "xla" (a sort), "pallas" (Mosaic GPU: one kernel up to MAX_FUSED_PAIRS pairs, else three),
         "reference" (numpy, outside jit), None for "xla".
 
@@ -57,14 +62,14 @@ def permute(
         from jmoe.pallas_kernels.permute_mosaic import permute_pallas
 
         padded = num_padded_rows(local_idx.shape[0], local_idx.shape[1], num_experts, align)
-        return Permuted(*permute_pallas(rows, local_idx, num_experts, align, padded))
+        return Permuted(*permute_pallas(rows, local_idx, num_experts, align, padded, float8))
     if implementation == "reference":
-        return _reference(rows, local_idx, num_experts, align)
+        return _reference(rows, local_idx, num_experts, align, float8)
     if implementation not in (None, "xla"):
         raise ValueError(
             f"permute: expected implementation 'xla', 'pallas', 'reference' or None, got {implementation!r}"
         )
-    return _xla(rows, local_idx, num_experts, align)
+    return _xla(rows, local_idx, num_experts, align, float8)
 
 
 def unpermute(
@@ -120,7 +125,7 @@ def _starts(group_sizes: jax.Array, align: int) -> jax.Array:
     return jnp.cumsum(padded) - padded
 
 
-def _xla(rows: jax.Array, local_idx: jax.Array, num_experts: int, align: int) -> Permuted:
+def _xla(rows: jax.Array, local_idx: jax.Array, num_experts: int, align: int, float8: bool) -> Permuted:
     num_rows, k = local_idx.shape
     pairs = local_idx.reshape(-1)
     key = jnp.where(pairs < 0, num_experts, pairs)
@@ -135,22 +140,26 @@ def _xla(rows: jax.Array, local_idx: jax.Array, num_experts: int, align: int) ->
     source = source.at[jnp.where(positions < 0, padded, positions)].set(
         jnp.arange(num_rows * k, dtype=jnp.int32) // k, mode="drop", unique_indices=False
     )
-    gathered = rows.at[source].get(mode="promise_in_bounds")
-    return Permuted(gathered, sizes, starts.astype(jnp.int32), positions.reshape(num_rows, k))
+    payloads = quantize_rows(rows) if float8 else (rows,)
+    gathered = [p.at[source].get(mode="promise_in_bounds") for p in payloads]
+    return Permuted(gathered[0], sizes, starts.astype(jnp.int32), positions.reshape(num_rows, k), *gathered[1:])
 
 
-def _reference(rows, local_idx, num_experts: int, align: int) -> Permuted:
+def _reference(rows, local_idx, num_experts: int, align: int, float8: bool) -> Permuted:
     """numpy, one pair at a time; padding rows are zeros."""
-    host_rows, ids = np.asarray(rows), np.asarray(local_idx)
+    payloads = [np.asarray(p) for p in (quantize_rows(jnp.asarray(rows)) if float8 else (rows,))]
+    ids = np.asarray(local_idx)
     sizes = np.array([(ids == e).sum() for e in range(num_experts)], np.int32)
     padded = -(-sizes // align) * align
     starts = (np.cumsum(padded) - padded).astype(np.int32)
-    num_rows, k = ids.shape
-    out = np.zeros((num_padded_rows(num_rows, k, num_experts, align), host_rows.shape[1]), host_rows.dtype)
+    length = num_padded_rows(ids.shape[0], ids.shape[1], num_experts, align)
+    outs = [np.zeros((length, p.shape[1]), p.dtype) for p in payloads]
     positions, taken = np.full(ids.shape, -1, np.int32), starts.copy()
     for (r, j), expert in np.ndenumerate(ids):
         if expert >= 0:
             positions[r, j] = taken[expert]
-            out[taken[expert]] = host_rows[r]
+            for out, payload in zip(outs, payloads, strict=True):
+                out[taken[expert]] = payload[r]
             taken[expert] += 1
-    return Permuted(jnp.asarray(out), jnp.asarray(sizes), jnp.asarray(starts), jnp.asarray(positions))
+    values, *scales = (jnp.asarray(out) for out in outs)
+    return Permuted(values, jnp.asarray(sizes), jnp.asarray(starts), jnp.asarray(positions), *scales)

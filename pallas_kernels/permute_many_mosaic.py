@@ -5,25 +5,27 @@ of 128 pairs, in a run the lanes. Each row is read once and written k times.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels import simt
+from jmoe.pallas_kernels.block_scaled import BLOCK, FLOAT8
+from jmoe.pallas_kernels.permute_rows_mosaic import IN_FLIGHT, Row, load, rounded, store
 from jmoe.pallas_kernels.simt import BLOCK_THREADS, WARP, Pointer, Word
 
 WARPS = BLOCK_THREADS // WARP
 BLOCK_PAIRS = 512  # 32,768 pairs are 64 blocks: fewer would leave the counting slow, more the reading of the counts
 RUN = BLOCK_PAIRS // WARPS  # pairs of one warp
-VECTOR_BYTES = 16
-IN_FLIGHT = 8  # vectors of a row that a lane holds
+CHUNK = WARP * IN_FLIGHT  # vectors of one warp
 BATCH = 16  # counts that a thread has asked for at a time
 
 
 def permute_many(
-    rows: jax.Array, local_idx: jax.Array, num_experts: int, align: int, padded: int
-) -> tuple[jax.Array, ...]:
+    rows: jax.Array, local_idx: jax.Array, num_experts: int, align: int, padded: int, row: Row
+) -> tuple[Any, ...]:
     """The fields of `Permuted`; see `permute`."""
     num_rows, k = local_idx.shape
     pairs = num_rows * k
@@ -38,7 +40,7 @@ def permute_many(
         simt.program(_place(pairs, blocks, num_experts, align), *refs)
 
     def copy_rows(*refs):
-        simt.program(_copy(num_rows, k, rows.shape[1] * rows.dtype.itemsize), *refs)
+        simt.program(_copy(num_rows, k, row), *refs)
 
     counts = plgpu.kernel(
         count_pairs,
@@ -54,14 +56,25 @@ def permute_many(
         grid=(blocks,),
         grid_names=("block",),
     )(ids, counts)
-    chunks = -(-rows.shape[1] * rows.dtype.itemsize // (VECTOR_BYTES * WARP * IN_FLIGHT))
-    out = plgpu.kernel(
+    out, *scales = plgpu.kernel(
         copy_rows,
-        out_type=jax.ShapeDtypeStruct((padded, rows.shape[1]), rows.dtype),
-        grid=(-(-num_rows * chunks // WARPS),),
+        out_type=row_types(row, padded),
+        grid=(-(-num_rows * _chunks(row) // WARPS),),
         grid_names=("block",),
     )(rows, positions)
-    return out, sizes, starts, positions.reshape(num_rows, k)
+    return out, sizes, starts, positions.reshape(num_rows, k), scales[0] if scales else None
+
+
+def row_types(row: Row, padded: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Of the permuted rows, and of their scales where they are rounded to float8."""
+    if not row.float8:
+        return (jax.ShapeDtypeStruct((padded, row.width), row.dtype),)
+    scales = jax.ShapeDtypeStruct((padded, row.width // BLOCK), jnp.float32)
+    return jax.ShapeDtypeStruct((padded, row.width), FLOAT8), scales
+
+
+def _chunks(row: Row) -> int:
+    return -(-row.vectors // CHUNK)
 
 
 def _each_expert(num_experts: int, body: Callable[[Word], None]) -> None:
@@ -188,33 +201,18 @@ def _take(positions: Pointer, mine: Pointer, place: Word, expert: Word, lane: Wo
         positions.store(place, position)
 
 
-def _copy(num_rows: int, k: int, row_bytes: int) -> Callable[..., None]:
+def _copy(num_rows: int, k: int, row: Row) -> Callable[..., None]:
     """A warp takes up to 4 KB of one row and writes them to the row's k places."""
-    vectors = row_bytes // VECTOR_BYTES
-    chunk = WARP * IN_FLIGHT
-    chunks = -(-vectors // chunk)
 
-    def program(rows: Pointer, positions: Pointer, out: Pointer):
-        lane = simt.thread() % WARP
+    def program(rows: Pointer, positions: Pointer, out: Pointer, *scales: Pointer):
         item = simt.block() * WARPS + simt.warp()
-        with simt.when(item < num_rows * chunks):
-            row, first = item // chunks, item % chunks * chunk + lane
-            places = [positions.load(row * k + j) for j in range(k)]
-            source = rows.skip(row, row_bytes)
-            indices = [first + step * WARP for step in range(IN_FLIGHT)]
-            inside = [None if vectors % chunk == 0 else index < vectors for index in indices]
-            held = [
-                source.load_vector(index if there is None else there.select(index, 0), 4, simt.i32())
-                for index, there in zip(indices, inside, strict=True)
-            ]
+        with simt.when(item < num_rows * _chunks(row)):
+            number, first = item // _chunks(row), item % _chunks(row) * CHUNK + simt.thread() % WARP
+            places = [positions.load(number * k + j) for j in range(k)]
+            source = rows.skip(number, row.row_bytes)
+            parts = rounded(row, load(row, source, first, range(IN_FLIGHT), whole=row.vectors % CHUNK == 0))
             for place in places:
                 with simt.when(place >= 0):
-                    target = out.skip((place >= 0).select(place, 0), row_bytes)
-                    for index, there, value in zip(indices, inside, held, strict=True):
-                        if there is None:
-                            target.store_vector(index, value)
-                        else:
-                            with simt.when(there):
-                                target.store_vector(index, value)
+                    store(row, parts, out, scales[0] if scales else None, (place >= 0).select(place, 0))
 
     return program

@@ -13,43 +13,37 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels import simt
-from jmoe.pallas_kernels.permute_many_mosaic import permute_many
+from jmoe.pallas_kernels import simt_floats as floats
+from jmoe.pallas_kernels.permute_many_mosaic import permute_many, row_types
+from jmoe.pallas_kernels.permute_rows_mosaic import IN_FLIGHT, VECTOR_BYTES, Row, load, rounded, store
 from jmoe.pallas_kernels.simt import BLOCK_THREADS, WARP, Pointer, Word
 
 MAX_FUSED_PAIRS = 2048
 WARPS = BLOCK_THREADS // WARP
-VECTOR_BYTES = 16
-IN_FLIGHT = 8  # vectors of a row that a lane has asked for at a time: 4 KB a warp
 
 
 def permute_pallas(
-    rows: jax.Array, local_idx: jax.Array, num_experts: int, align: int, padded: int
-) -> tuple[jax.Array, ...]:
+    rows: jax.Array, local_idx: jax.Array, num_experts: int, align: int, padded: int, float8: bool
+) -> tuple[Any, ...]:
     """The fields of `Permuted`, `padded` rows of them; see `permute`."""
     num_rows, k = local_idx.shape
-    pairs, row_bytes = num_rows * k, rows.shape[1] * rows.dtype.itemsize
-    if row_bytes % VECTOR_BYTES:
-        raise ValueError(f"permute: 'pallas' expected rows of a multiple of {VECTOR_BYTES} bytes, got {row_bytes}")
+    row, pairs = Row(rows.shape[1], rows.dtype, float8), num_rows * k
+    row.check("permute")
     if pairs > MAX_FUSED_PAIRS:
-        return permute_many(rows, local_idx, num_experts, align, padded)
+        return permute_many(rows, local_idx, num_experts, align, padded, row)
 
     def permute_rows(*refs):
-        simt.program(_fused(pairs, k, num_experts, align, row_bytes), *refs)
+        simt.program(_fused(pairs, k, num_experts, align, row), *refs)
 
-    kernel = plgpu.kernel(
+    groups = jax.ShapeDtypeStruct((num_experts,), jnp.int32)
+    sizes, starts, positions, out, *scales = plgpu.kernel(
         permute_rows,
-        out_type=(
-            jax.ShapeDtypeStruct((padded, rows.shape[1]), rows.dtype),
-            jax.ShapeDtypeStruct((num_experts,), jnp.int32),
-            jax.ShapeDtypeStruct((num_experts,), jnp.int32),
-            jax.ShapeDtypeStruct((pairs,), jnp.int32),
-        ),
+        out_type=(groups, groups, jax.ShapeDtypeStruct((pairs,), jnp.int32), *row_types(row, padded)),
         scratch_types=[plgpu.SMEM((_round_up(pairs, 4),), jnp.int32), plgpu.SMEM((num_experts,), jnp.int32)],
         grid=(1 + _ceil_div(pairs, WARPS),),
         grid_names=("block",),
-    )
-    out, sizes, starts, positions = kernel(rows, local_idx.reshape(-1))
-    return out, sizes, starts, positions.reshape(num_rows, k)
+    )(rows, local_idx.reshape(-1))
+    return out, sizes, starts, positions.reshape(num_rows, k), scales[0] if scales else None
 
 
 def unpermute_pallas(rows: jax.Array, positions: jax.Array, topk_weights: jax.Array | None) -> jax.Array:
@@ -86,16 +80,16 @@ def _combine(k: int, width: int, lanes: int, blocks: int, dtype: Any, weighted: 
         index = simt.thread() + simt.block() % blocks * BLOCK_THREADS
         with simt.when(index < width // lanes):
             places = [positions.load(row * k + j) for j in range(k)]
-            shares = [weights[0].load_float(row * k + j) for j in range(k)] if weighted else []
+            shares = [floats.Float.load(weights[0], row * k + j) for j in range(k)] if weighted else []
             terms = []
             for place in places:
                 source = rows.skip((place < 0).select(0, place), width * jnp.dtype(dtype).itemsize)
-                terms.append(simt.Floats.of(source.load_vector(index, lanes, simt.element_type(dtype))))
-            total = simt.Floats.zeros(lanes)
+                terms.append(floats.Floats.of(source.load_vector(index, lanes, simt.element_type(dtype))))
+            total = floats.Floats.zeros(lanes)
             for j, term in enumerate(terms):
                 heard = places[j] >= 0
                 if weighted:
-                    term, heard = term.times(shares[j]), heard & simt.is_not_zero(shares[j])
+                    term, heard = term.times(shares[j]), heard & shares[j].is_not_zero()
                 total = total + term.where(heard)
             target = out.skip(row, width * 4)
             for i, four in enumerate(total.fours()):
@@ -116,18 +110,17 @@ def _padded(count: Word, align: int) -> Word:
     return count if align == 1 else (count + (align - 1)) // align * align
 
 
-def _fused(pairs: int, k: int, num_experts: int, align: int, row_bytes: int) -> Callable[..., None]:
+def _fused(pairs: int, k: int, num_experts: int, align: int, row: Row) -> Callable[..., None]:
     """Block 0 says sizes and starts; warp w of block b > 0 moves pair (b - 1) * WARPS + w."""
 
-    def program(
-        rows: Pointer, local_idx: Pointer, out: Pointer, sizes: Pointer, starts: Pointer, positions: Pointer,
-        ids: Pointer, counts: Pointer,
-    ):  # fmt: skip
+    def program(rows: Pointer, local_idx: Pointer, sizes: Pointer, starts: Pointer, positions: Pointer, *rest: Pointer):
+        out, *scales, ids, counts = rest
         thread, lane, block = simt.thread(), simt.thread() % WARP, simt.block()
         pair = (block - 1) * WARPS + simt.warp()
         mine = (block >= 1) & (pair < pairs)
         pair = mine.select(pair, 0)  # a warp with nothing to move still counts
-        store_row = _copy_row(rows.skip(pair // k, row_bytes), lane, row_bytes)
+        source, steps = rows.skip(pair // k, row.row_bytes), range(_ceil_div(row.vectors, WARP))
+        held = load(row, source, lane, steps[:IN_FLIGHT], whole=row.vectors % WARP == 0)
         _count(local_idx, ids, counts, thread, pairs, num_experts)
         with simt.when(mine):
             expert = ids.load(pair)
@@ -137,8 +130,11 @@ def _fused(pairs: int, k: int, num_experts: int, align: int, row_bytes: int) -> 
                 place = _sum_below(counts, expert, lane, align) + _rank(ids, pair, expert, lane)
                 with simt.when(lane.equals(0)):
                     positions.store(pair, place)
-                store_row(out.skip(place, row_bytes))
-        with simt.when(block.equals(0)):
+                store(row, rounded(row, held), out, scales[0] if scales else None, place)
+                for start in range(IN_FLIGHT, len(steps), IN_FLIGHT):
+                    more = load(row, source, lane, steps[start : start + IN_FLIGHT], whole=row.vectors % WARP == 0)
+                    store(row, rounded(row, more), out, scales[0] if scales else None, place)
+        with simt.when(block.equals(0) & simt.warp().equals(0)):
             _say_groups(counts, sizes, starts, lane, num_experts, align)
 
     return program
@@ -195,49 +191,17 @@ def _rank(ids: Pointer, pair: Word, expert: Word, lane: Word) -> Word:
 
 
 def _say_groups(counts: Pointer, sizes: Pointer, starts: Pointer, lane: Word, num_experts: int, align: int) -> None:
-    """Each warp says every fourth expert's size and start."""
-
-    def say(expert):
-        start = _sum_below(counts, expert, lane, align)
-        with simt.when(lane.equals(0)):
-            sizes.store(expert, counts.load(expert))
+    """A warp says every expert's size and start; a lane takes consecutive experts."""
+    each = _ceil_div(num_experts, WARP)
+    held = []
+    for i in range(each):
+        expert = lane * each + i
+        inside = expert < num_experts
+        held.append((expert, inside, inside.select(counts.load(inside.select(expert, 0)), 0)))
+    padded = [_padded(size, align) for _, _, size in held]
+    start = simt.warp_sum_before(sum(padded[1:], padded[0]), lane)
+    for (expert, inside, size), rows in zip(held, padded, strict=True):
+        with simt.when(inside):
+            sizes.store(expert, size)
             starts.store(expert, start)
-        return []
-
-    simt.loop(simt.warp(), num_experts, WARPS, [], say)
-
-
-def _copy_row(source: Pointer, lane: Word, row_bytes: int) -> Callable[[Pointer], None]:
-    """A warp copies one row. The first loads are in flight when this returns; what it returns stores them to a row."""
-    vectors = row_bytes // VECTOR_BYTES
-    batches = [
-        range(b, min(b + IN_FLIGHT, _ceil_div(vectors, WARP))) for b in range(0, _ceil_div(vectors, WARP), IN_FLIGHT)
-    ]
-
-    def load(batch):
-        found = []
-        for step in batch:
-            index = lane + step * WARP
-            inside = None if (step + 1) * WARP <= vectors else index < vectors
-            # beyond the row: the first vector again, which is never stored
-            found.append(
-                (index, inside, source.load_vector(index if inside is None else inside.select(index, 0), 4, simt.i32()))
-            )
-        return found
-
-    def store(target, held):
-        for index, inside, value in held:
-            if inside is None:
-                target.store_vector(index, value)
-            else:
-                with simt.when(inside):
-                    target.store_vector(index, value)
-
-    first = load(batches[0])
-
-    def finish(target: Pointer) -> None:
-        store(target, first)
-        for batch in batches[1:]:
-            store(target, load(batch))
-
-    return finish
+        start = start + rows

@@ -6,7 +6,6 @@ only be called inside one. Works on jax 0.10.2 and 0.11.2.
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -104,18 +103,9 @@ class Pointer:
         kind = ir.VectorType.get((length,), element)
         return llvm.load(kind, self.at(index, kind), alignment=16)
 
-    def store_vector(self, index: Any, value: Any) -> None:
-        llvm.store(value, self.at(index, value.type), alignment=16)
-
-    def load_float(self, index: Any, element: Any = None) -> "Float":
-        """A float32, or a shorter float as one."""
-        f32 = ir.F32Type.get()
-        kind = f32 if element is None else element
-        found = llvm.load(kind, self.at(index, kind))
-        return Float(found if kind == f32 else arith.extf(f32, found))
-
-    def store_float(self, index: Any, value: "Float") -> None:
-        llvm.store(value.value, self.at(index, value.value.type), alignment=4)
+    def store_vector(self, index: Any, value: Any, num_bytes: int = 16) -> None:
+        """An MLIR vector of `num_bytes` at vector number `index`."""
+        llvm.store(value, self.at(index, value.type), alignment=num_bytes)
 
     def add(self, index: Any, word: Any) -> None:
         """Atomically; the sum doesn't depend on the order, as these are integers."""
@@ -188,13 +178,6 @@ def warp_smallest(word: Word) -> Word:
     return Word(nvvm.redux_sync(word.value, nvvm.ReductionKind.MIN, mosaic.c(FULL_MASK, i32())))
 
 
-def warp_reduce(value: "Float", combine: Callable[["Float", "Float"], "Float"]) -> "Float":
-    """Over the warp, in each lane, by halves: the same order of additions every time."""
-    for distance in (16, 8, 4, 2, 1):
-        value = combine(value, Float(mosaic.shfl_bfly(value.value, distance)))
-    return value
-
-
 def warp_sum_before(word: Word, lane: Word) -> Word:
     """The sum over the lanes before this one."""
     total = word
@@ -223,79 +206,6 @@ def words_of(value: Any) -> list[Word]:
     """The words of an MLIR vector."""
     [length] = value.type.shape
     return [Word(vector.extract(value, dynamic_position=[], static_position=[i])) for i in range(length)]
-
-
-class Float:
-    """A float32 of one thread."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __add__(self, other):
-        return Float(arith.addf(self.value, other.value))
-
-    def __sub__(self, other):
-        return Float(arith.subf(self.value, other.value))
-
-    def __truediv__(self, other):
-        return Float(arith.divf(self.value, other.value))
-
-    def maximum(self, other):
-        return Float(arith.maximumf(self.value, other.value))
-
-    def exp(self):
-        """By the hardware's 2^x, within 2 units in the last place."""
-        scaled = arith.mulf(self.value, arith.constant(ir.F32Type.get(), math.log2(math.e)))
-        return Float(llvm.inline_asm(ir.F32Type.get(), [scaled], "ex2.approx.ftz.f32 $0, $1;", "=f,f"))
-
-    def bits(self) -> Word:
-        """As a word; of floats that aren't negative, in their order."""
-        return Word(arith.bitcast(i32(), self.value))
-
-    @classmethod
-    def of_bits(cls, word: Word) -> "Float":
-        return cls(arith.bitcast(ir.F32Type.get(), word.value))
-
-
-class Floats:
-    """A vector of float32 of one thread."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    @classmethod
-    def of(cls, value: Any) -> "Floats":
-        """From a vector of any float."""
-        [length] = value.type.shape
-        kind = ir.VectorType.get((length,), ir.F32Type.get())
-        return cls(value if value.type == kind else arith.extf(kind, value))
-
-    @classmethod
-    def zeros(cls, length: int) -> "Floats":
-        kind = ir.VectorType.get((length,), ir.F32Type.get())
-        zero = ir.FloatAttr.get(ir.F32Type.get(), 0.0)
-        return cls(arith.constant(kind, ir.DenseElementsAttr.get_splat(kind, zero)))
-
-    def __add__(self, other: "Floats") -> "Floats":
-        return Floats(arith.addf(self.value, other.value))
-
-    def times(self, factor: "Float") -> "Floats":
-        return Floats(arith.mulf(self.value, vector.broadcast(self.value.type, factor.value)))
-
-    def where(self, condition: Word) -> "Floats":
-        """Zeros where this bit isn't set."""
-        return Floats(arith.select(condition.value, self.value, Floats.zeros(self.value.type.shape[0]).value))
-
-    def fours(self) -> list[Any]:
-        """Vectors of four, which is what a store of 16 bytes takes."""
-        length = self.value.type.shape[0]
-        four = ir.VectorType.get((4,), ir.F32Type.get())
-        return [vector.extract_strided_slice(four, self.value, [i], [4], [1]) for i in range(0, length, 4)]
-
-
-def is_not_zero(value: Float) -> Word:
-    """Whether it isn't 0; NaN isn't."""
-    return Word(arith.cmpf(arith.CmpFPredicate.UNE, value.value, arith.constant(ir.F32Type.get(), 0.0)))
 
 
 def element_type(dtype: Any) -> Any:

@@ -9,10 +9,11 @@ import contextlib
 import dataclasses
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jmoe.pallas_kernels import simt
+from jmoe.pallas_kernels import simt, simt_floats
 
 THREADS = simt.BLOCK_THREADS
 
@@ -113,14 +114,9 @@ class Pointer:
     def load_vector(self, index, length, element):
         return self.read(index, element, length)
 
-    def store_vector(self, index, value):
+    def store_vector(self, index, value, num_bytes=16):
+        assert value.nbytes == THREADS * num_bytes
         self.write(index, value)
-
-    def load_float(self, index, element=None):
-        return Float(self.read(index, np.float32 if element is None else element)[:, 0].astype(np.float32))
-
-    def store_float(self, index, value):
-        self.write(index, value.value)
 
     def add(self, index, word):
         words = self.memory.view(np.int32)
@@ -132,6 +128,19 @@ class Pointer:
 class Float:
     value: np.ndarray  # [threads] float32
 
+    @classmethod
+    def load(cls, pointer, index, element=None):
+        return cls(pointer.read(index, np.float32 if element is None else element)[:, 0].astype(np.float32))
+
+    def store(self, pointer, index):
+        pointer.write(index, self.value)
+
+    def times(self, factor):
+        return Float(self.value * np.float32(factor))
+
+    def is_not_zero(self):
+        return Word(self.value != 0)
+
     def __add__(self, other):
         return Float(self.value + other.value)
 
@@ -142,7 +151,7 @@ class Float:
         return Float(self.value / other.value)
 
     def maximum(self, other):
-        return Float(np.maximum(self.value, other.value))
+        return Float(np.maximum(self.value, np.float32(other) if isinstance(other, float) else other.value))
 
     def exp(self):
         return Float(np.exp(self.value))
@@ -175,6 +184,9 @@ class Floats:
 
     def where(self, condition):
         return Floats(np.where(lanes(condition)[:, None], self.value, np.float32(0)))
+
+    def each(self):
+        return [Float(column) for column in self.value.T]
 
     def fours(self):
         return [self.value[:, i : i + 4] for i in range(0, self.value.shape[1], 4)]
@@ -218,10 +230,21 @@ def warp_smallest(word):
     return Word(np.repeat(by_warp(word).min(1), simt.WARP).astype(np.int32))
 
 
-def warp_reduce(value, combine):
-    for distance in (16, 8, 4, 2, 1):
+def warp_reduce(value, combine, lanes=32):
+    distance = lanes // 2
+    while distance:
         value = combine(value, Float(value.value[np.arange(THREADS) ^ distance]))
+        distance //= 2
     return value
+
+
+def largest_magnitude(values):
+    return Float(np.max([np.abs(v.value) for v in values], axis=0))
+
+
+def float8_vector(values):
+    clipped = np.clip(np.stack([v.value for v in values], axis=1), -448, 448)
+    return clipped.astype(ml_dtypes.float8_e4m3fn).view(np.int32)
 
 
 def warp_sum_before(word, lane):
@@ -263,10 +286,12 @@ def kernel(body, *, out_type, scratch_types=(), grid, **_names):
 def install(monkeypatch) -> None:
     """Puts this in the place of `simt`'s own."""
     for name in (
-        "Word", "Pointer", "Float", "Floats", "when", "loop", "barrier",
-        "warp_sum", "warp_sum_before", "warp_same", "warp_largest", "warp_smallest", "warp_reduce",
+        "Word", "Pointer", "when", "loop", "barrier",
+        "warp_sum", "warp_sum_before", "warp_same", "warp_largest", "warp_smallest",
     ):  # fmt: skip
         monkeypatch.setattr(simt, name, globals()[name])
+    for name in ("Float", "Floats", "warp_reduce", "largest_magnitude", "float8_vector"):
+        monkeypatch.setattr(simt_floats, name, globals()[name])
     monkeypatch.setattr(plgpu, "kernel", kernel)
     monkeypatch.setattr(simt, "program", lambda program, launch: launch(program))
     monkeypatch.setattr(simt, "word", lambda value: Word(lanes(value)))
@@ -277,4 +302,3 @@ def install(monkeypatch) -> None:
     monkeypatch.setattr(simt, "block", lambda: Word(np.full(THREADS, MACHINE.block, np.int32)))
     monkeypatch.setattr(simt, "warp_barrier", lambda: None)
     monkeypatch.setattr(simt, "words_of", lambda value: [Word(column) for column in value.T])
-    monkeypatch.setattr(simt, "is_not_zero", lambda number: Word(number.value != 0))

@@ -166,7 +166,7 @@ def test_no_name_takes_the_best_supported():
 def test_what_cannot_be_computed_is_refused():
     rows, ids, shares = np.zeros((4, 12), np.float32), np.zeros((4, 2), np.int32), np.ones((4, 2), np.float32)
     gate, up, down = weights()
-    with pytest.raises(ValueError, match="expected implementation 'xla', 'reference' or None, got 'cuda'"):
+    with pytest.raises(ValueError, match="expected implementation 'xla', 'pallas', 'reference' or None, got 'cuda'"):
         expert_ffn(rows, ids, shares, gate, up, down, implementation="cuda")  # type: ignore[arg-type]
     for wrong in ((rows[:, :5], gate, up, down), (rows, gate, up[:, :, :5], down), (rows, gate, up, up)):
         with pytest.raises(ValueError, match=r"expert_ffn: expected rows .* got \(4, "):

@@ -37,15 +37,16 @@ def choices(rng, num_rows, k, num_experts, missing=0.0):
     return local_idx
 
 
-def assert_permuted(rows, local_idx, num_experts, align, implementation):
+def assert_permuted(rows, local_idx, num_experts, align, implementation, float8=False):
     """Everything that the contract fixes; rows of no group may hold anything."""
-    want = permute(rows, local_idx, num_experts, align=align, implementation="reference")
-    got = compiled(permute, implementation, num_experts=num_experts, align=align)(rows, local_idx)
+    want = permute(rows, local_idx, num_experts, align=align, float8=float8, implementation="reference")
+    got = compiled(permute, implementation, num_experts=num_experts, align=align, float8=float8)(rows, local_idx)
     for name in ("group_sizes", "group_starts", "positions"):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
-    assert got.rows.shape == want.rows.shape and got.rows.dtype == rows.dtype
     place = np.asarray(want.positions)
-    np.testing.assert_array_equal(np.asarray(got.rows)[place[place >= 0]], np.asarray(want.rows)[place[place >= 0]])
+    for a, b in ((got.rows, want.rows), (got.scales, want.scales)) if float8 else ((got.rows, want.rows),):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a)[place[place >= 0]], np.asarray(b)[place[place >= 0]])
     assert not (np.asarray(got.group_starts) % align).any()
 
 
@@ -85,6 +86,17 @@ def test_one_expert_takes_everything(implementation, num_rows):
     local_idx = np.full((num_rows, 2), -1, np.int32)
     local_idx[:, 1] = NUM_EXPERTS - 1
     assert_permuted(rows, local_idx, NUM_EXPERTS, 8, implementation)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(("num_rows", "width"), [(9, 128), (9, 1152), (1200, 384)])
+def test_rows_are_rounded_to_float8_on_the_way(implementation, num_rows, width):
+    """Zeros, huge and tiny rows among them; the same bits as `quantize_rows`, one kernel or three."""
+    rng = np.random.default_rng(width)
+    rows = rng.normal(size=(num_rows, width)) * 10.0 ** rng.integers(-9, 9, (num_rows, 1))
+    rows[1] = 0
+    local_idx = choices(rng, num_rows, 2, NUM_EXPERTS, 0.2)
+    assert_permuted(jnp.asarray(rows, jnp.bfloat16), local_idx, NUM_EXPERTS, 8, implementation, float8=True)
 
 
 def test_the_worst_case_is_reached_and_no_more_than_it():
@@ -140,5 +152,7 @@ def test_what_cannot_be_computed_is_refused():
         permute(rows, ids[:3], 8)
     with pytest.raises(ValueError, match="multiple of 16 bytes, got 40"):
         permute(rows[:, :10], ids, 8, implementation="pallas")
+    with pytest.raises(ValueError, match="16-bit rows of a multiple of 128 columns for float8, got float32 and 12"):
+        permute(rows, ids, 8, float8=True, implementation="pallas")
     with pytest.raises(ValueError, match=r"unpermute: expected rows .* got \(4, 12\), \(4, 2\) and \(4, 1\)"):
         unpermute(rows, ids, np.ones((4, 1), np.float32))
