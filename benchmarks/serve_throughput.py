@@ -31,12 +31,13 @@ from serve_metrics import Record, metrics, steady_tokens_per_s
 # What --platform cpu sets where nothing else was asked for.
 TINY = {
     "model": "tiny", "layers": 2, "batch": 4, "max_len": 64, "chunk_len": 32, "page_len": 8, "input_len": 20,
-    "output_len": 12, "steady_output_len": 32, "num_prompts": 12, "clients": 1, "load": [0.5], "micro_batches": 1,
+    "output_len": 12, "steady_output_len": 32, "num_prompts": 12, "clients": 1, "load": [0.5], "num_steps": 4,
+    "micro_batches": 1, "max_prefill_tokens": 64,
 }  # fmt: skip
 FULL = {
     "model": "qwen3-30b-a3b", "layers": 0, "batch": 128, "max_len": 2048, "chunk_len": 512, "page_len": 16,
     "input_len": 571, "output_len": 159, "steady_output_len": 256, "num_prompts": 0, "clients": 4, "load": [0.5, 0.8],
-    "micro_batches": 1, "max_prefill_tokens": 4096,
+    "num_steps": 8, "micro_batches": 1, "max_prefill_tokens": 4096,
 }  # fmt: skip
 SIGMA = 0.7  # of the logarithm of a length
 
@@ -206,7 +207,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--clients", type=int, help="client processes")
     add("--micro-batches", type=int, help="in flight")
     add("--num-pages", type=int, help="KV pages of a replica (default: every slot may reach max_len)")
-    add("--num-steps", type=int, default=4, help="decode steps of one call")
+    add("--num-steps", type=int, help="decode steps of one call (default 8; 4 on cpu)")
     add("--colocated", type=int, default=0, metavar="N", help="both roles on N devices; 0: --attention and --expert")
     add("--tensor", type=int, default=1, help="with --colocated")
     add("--attention", type=int, default=1)

@@ -28,7 +28,7 @@ import numpy as np
 
 import jmoe
 from jmoe.serving.errors import SequenceMismatchError
-from jmoe.serving.executors.protocol import ProgramKey, compiling_line
+from jmoe.serving.executors.protocol import WAITING_FOR_PROGRAMS, ProgramKey
 from jmoe.serving.wire import Channel, WireError, handshake
 from jmoe.serving.worker_start import TOKEN_VARIABLE, split_address
 
@@ -233,8 +233,8 @@ def _load(runtime: Runtime, command: dict[str, Any], channel: Channel) -> None:
     pool = ThreadPoolExecutor(1, "compile")
     compiling = pool.submit(runtime.compile, *keys)
     runtime.load(command["path"], progress)  # what is wrong with a checkpoint is told without the compiler's wait
-    for key in keys if not compiling.done() else ():
-        progress(compiling_line(key))
+    if not compiling.done():
+        progress(WAITING_FOR_PROGRAMS)
     progress(compiling.result())
     pool.shutdown()
 

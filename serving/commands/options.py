@@ -33,7 +33,9 @@ def add_cell_options(parser: argparse.ArgumentParser) -> None:
     mesh.add_argument(
         "--colocated", type=int, metavar="N", help="instead: both roles on each of N devices (default on a lone GPU)"
     )
-    mesh.add_argument("--tensor", type=int, metavar="T", help="with --colocated: tensor ranks of both roles (default 1)")
+    mesh.add_argument(
+        "--tensor", type=int, metavar="T", help="with --colocated: tensor ranks of both roles (default 1)"
+    )
     mesh.add_argument("--placement", metavar="FILE", help="JSON list: the expert ids of each node (default: balanced)")
     mesh.add_argument("--plan", metavar="FILE", help="what `jmoe plan` wrote, instead of the options above")
     sizes = parser.add_argument_group("sizes (left out: chosen from the model)")
@@ -89,9 +91,7 @@ def _colocated(given: dict[str, int], placement: ExpertPlacement | None) -> Mesh
     if others := given.keys() - {"colocated", "tensor", "num_micro_batches"}:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(others))
         raise ValueError(f"--colocated: expected only --tensor, --micro-batches and --placement beside it, got {names}")
-    return MeshConfig.colocate(
-        given["colocated"], given.get("tensor", 1), given.get("num_micro_batches", 1), placement
-    )
+    return MeshConfig.colocate(given["colocated"], given.get("tensor", 1), given.get("num_micro_batches", 1), placement)
 
 
 def cell_sizes(args: argparse.Namespace, **defaults: Any) -> CellSizes:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from jmoe.cell_config import CellConfig
-from jmoe.serving.executors.protocol import ProgramKey, compiling_line, run
+from jmoe.serving.executors.protocol import WAITING_FOR_PROGRAMS, ProgramKey, compiling_line, run
 from jmoe.step_inputs import StepInputs, StepOutputs
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ class InlineExecutor:
         with ThreadPoolExecutor(1, "jmoe-compile") as pool:  # also after a bad checkpoint: a compiler can't be stopped
             compiling = pool.submit(runtime.compile, *programs)
             runtime.load(source, progress)
-            for key in programs if not compiling.done() else ():  # told now: what is waited for from here on
-                progress(compiling_line(key))
+            if not compiling.done():
+                progress(WAITING_FOR_PROGRAMS)
             progress(compiling.result())
 
     def compile(self, keys: Sequence[ProgramKey], progress: Callable[[str], None]) -> None:

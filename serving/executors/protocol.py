@@ -14,6 +14,9 @@ class ProgramKey(NamedTuple):
     sampling: bool
 
 
+WAITING_FOR_PROGRAMS = "programs: compiling, or reading them from the cache"  # once the weights are there
+
+
 def compiling_line(key: ProgramKey) -> str:
     """What is said when a program begins to compile."""
     return f"compiling {key.kind}, {'sampling' if key.sampling else 'greedy'}"
