@@ -10,8 +10,8 @@ from jmoe.serving.requests import RequestOutput
 class Wakeups:
     """Sets events of one loop from another thread, all of a call's by one wake-up.
 
-    A wake-up is a system call, in which the other thread takes Python's lock: with one for each of 128 outputs the engine
-    lost 5 % of its time (27.6 ms a call, two cores).
+    A wake-up is a system call, in which the other thread takes Python's lock: with one for each of 128 outputs the
+    engine lost 5 % of its time (27.6 ms a call, two cores).
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
