@@ -13,6 +13,7 @@ both over rotating inputs, medians. --json also holds each kernel's time.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -25,10 +26,11 @@ from typing import Any
 import expert_ffn_peers as peers
 import jax
 import numpy as np
-from device_profile import ceilings, profile
-from device_time import relative_error, seconds_per_call, where
+from device_profile import calls_of, ceilings, profile
+from device_time import relative_error, where
 from expert_ffn_cases import (
     MODELS,
+    NUM_ROTATING,
     ROUTINGS,
     Case,
     Inputs,
@@ -66,11 +68,12 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What the measurements of one case share."""
+    """What the measurements of one case share. `scaled`: the weights in float8, where the case is of float8."""
 
     case: Case
     inputs: list[Inputs]
     weights: tuple[jax.Array, ...]
+    scaled: tuple[Any, ...]
     sampled: np.ndarray
     want: np.ndarray
     blank: Result
@@ -93,22 +96,25 @@ class Setting:
             same=bool(np.array_equal(np.asarray(outs[0]), np.asarray(outs[1]))),
         )
 
+    def calls(self) -> list[tuple[Any, ...]]:
+        weights = self.weights if self.case.dtype == "bf16" else self.scaled
+        return [(i.rows, i.local_idx, i.topk_weights, *weights) for i in self.inputs]
 
+
+COMPILING = 12  # programs at a time
 OVERHEAD = ("permute", "count_pairs", "place_pairs", "copy_rows")  # kernels of ours beside the products
+CALLS = 2 * NUM_ROTATING  # so that each input comes twice, for the bits
 
 
-def measure_jax(setting: Setting, name: str, function: Callable, weights: tuple[Any, ...]) -> Result:
-    """A traceable FFN: twice the same call for its bits, then its time on the device (on a CPU, by the wall clock)."""
-    calls = [(i.rows, i.local_idx, i.topk_weights, *weights) for i in setting.inputs]
-    compiled = jax.jit(function).lower(*calls[0]).compile()
-    with setting.alone():
-        outs = [np.asarray(compiled(*calls[0])) for _ in range(2)]
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*calls[1]))
-        slow = time.perf_counter() - start > 0.02
+def measure_jax(setting: Setting, name: str, program: Callable[[], Any]) -> Result:
+    """A compiled program of an FFN's calls: its time on the device (on a CPU, by the wall clock), error and bits."""
     if jax.default_backend() != "gpu":
-        return setting.result(name, seconds_per_call(function, calls, few=2, many=8, repeats=3), None, outs)
-    found = profile(function, calls, calls=4 if slow else 12, repeats=3 if slow else 5, around=setting.around)
+        start = time.perf_counter()
+        outs = jax.block_until_ready(program())
+        seconds = (time.perf_counter() - start) / CALLS
+        return setting.result(name, seconds, None, [outs[0], outs[NUM_ROTATING]])
+    found = profile(program, CALLS, around=setting.around)
+    outs = [found.outputs[0], found.outputs[NUM_ROTATING]]
     if not name.startswith("jmoe"):
         return setting.result(name, found.seconds, None, outs)
     kernels = {kernel: seconds * 1e6 for kernel, seconds in found.kernels.items()}
@@ -138,23 +144,24 @@ def measure_torch(setting: Setting) -> Iterator[Result]:
     torch.cuda.empty_cache()
 
 
-def measure(setting: Setting, args: argparse.Namespace) -> Iterator[Result]:
-    """Ours in each implementation, then the peers of this machine."""
+def prepare(setting: Setting, args: argparse.Namespace, pool: concurrent.futures.Executor) -> dict[str, Any]:
+    """Name to a future program: ours in each implementation, and jax's peers."""
     candidates = {}
     for implementation in args.implementations:
         candidates[f"jmoe {implementation}"] = functools.partial(expert_ffn, implementation=implementation)
-    weights = setting.weights
-    if setting.case.dtype == "fp8":
-        weights = scaled_weights(setting.weights)
-    elif args.peers:
+    if "jax" in args.peers and setting.case.dtype == "bf16":
         candidates |= peers.jax_peers(setting.case.tokens)
-    for name, function in candidates.items():
+    return {name: pool.submit(calls_of, f, setting.calls(), CALLS) for name, f in candidates.items()}
+
+
+def measure(setting: Setting, programs: dict[str, Any], args: argparse.Namespace) -> Iterator[Result]:
+    """Ours, then the peers of this machine."""
+    for name, program in programs.items():
         try:
-            yield measure_jax(setting, name, function, weights)
+            yield measure_jax(setting, name, program.result())
         except Exception as error:  # one that can't run here is a row that says why
             yield dataclasses.replace(setting.blank, name=name, note=first_line(error))
-    del weights
-    if args.peers:
+    if "torch" in args.peers:
         yield from measure_torch(setting)
 
 
@@ -180,12 +187,18 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def cases(args: argparse.Namespace) -> Iterator[Case]:
-    for model in args.models:
-        for dtype in args.dtypes:
-            for tokens in args.tokens:
-                for routing in args.routings:
-                    yield Case(model, tokens, dtype, routing)
+def settings(name: str, args: argparse.Namespace, found: dict[str, float], around: Any) -> Iterator[Setting]:
+    """The cases of one model, which share its weights."""
+    weights = make_weights(MODELS[name])
+    scaled = scaled_weights(weights) if "fp8" in args.dtypes else ()
+    for dtype in args.dtypes:
+        for tokens in args.tokens:
+            for routing in args.routings:
+                case = Case(name, tokens, dtype, routing)
+                inputs = make_inputs(case)
+                floor_us = floor_of(case, inputs, found) * 1e6
+                blank = Result(name, tokens, dtype, routing, active_experts(inputs), floor_us, "")
+                yield Setting(case, inputs, weights, scaled, *truth(inputs[0], weights), blank, around)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -196,7 +209,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtypes", type=names, default=["bf16", "fp8"])
     parser.add_argument("--routings", type=names, default=list(ROUTINGS))
     parser.add_argument("--implementations", type=names, default=["pallas"])
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--peers", type=names, default=["torch", "jax"], help="of torch,jax")
+    parser.add_argument("--no-peers", dest="peers", action="store_const", const=[])
     parser.add_argument("--json", help="also write the rows to this file")
     return parser.parse_args(argv)
 
@@ -205,24 +219,23 @@ def main(argv: list[str] | None = None, around: Callable[[], Any] | None = None)
     args = parse(argv)
     found = ceilings(around)
     print(where(), {name: f"{value / 1e12:.3g}e12" for name, value in found.items()}, file=sys.stderr)
-    results, weights, held = [], (), None
-    for case in cases(args):
-        if held != case.model_name:
-            weights, held = (), case.model_name  # the last model's go before these come
-            weights = make_weights(case.model)
-        inputs = make_inputs(case)
-        floor_us = floor_of(case, inputs, found) * 1e6
-        blank = Result(case.model_name, case.tokens, case.dtype, case.routing, active_experts(inputs), floor_us, "")
-        setting = Setting(case, inputs, weights, *truth(inputs[0], weights), blank, around)
-        for result in measure(setting, args):
-            results.append(result)
-            print(table([result]).splitlines()[-1], file=sys.stderr, flush=True)
-            if args.json:
-                with open(args.json, "w") as file:
-                    json.dump({"where": where(), "ceilings": found, "rows": [vars(r) for r in results]}, file, indent=1)
+    results = []
+    with concurrent.futures.ThreadPoolExecutor(COMPILING) as pool:
+        for model in args.models:
+            for setting, programs in [(s, prepare(s, args, pool)) for s in settings(model, args, found, around)]:
+                for result in measure(setting, programs, args):
+                    results.append(result)
+                    print(table([result]).splitlines()[-1], file=sys.stderr, flush=True)
+                    write_json(args.json, found, results)
     print(f"{where()}; {', '.join(f'{name} {value:.3e}' for name, value in found.items())}")
     print(table(results))
     return 0
+
+
+def write_json(path: str | None, found: dict[str, float], results: list[Result]) -> None:
+    if path:
+        with open(path, "w") as file:
+            json.dump({"where": where(), "ceilings": found, "rows": [vars(r) for r in results]}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmoe.pallas_kernels.block_scaled import BlockScaled, quantize_rows
+from jmoe.pallas_kernels.block_scaled import BlockScaled
 from jmoe.pallas_kernels.block_scaled_ffn import block_scaled_ffn
 from jmoe.pallas_kernels.choice import by_platform
 from jmoe.pallas_kernels.grouped_matmul import gated_grouped_matmul, grouped_matmul
@@ -96,13 +96,18 @@ def _fits_pallas(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj) -
 
 @jax.custom_vjp
 def _pallas(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj):
-    """permute, two grouped products, unpermute, each a Mosaic GPU kernel (permute: three above 2,048 pairs)."""
+    """permute, two grouped products, unpermute, each a Mosaic GPU kernel (permute: three above 2,048 pairs).
+
+    With float8 weights one more, which rounds what stands between the products.
+    """
+    from jmoe.pallas_kernels.quantize_rows_mosaic import quantize_rows_pallas
+
     scaled = isinstance(gate_proj, BlockScaled)
     num_experts = _shape(gate_proj)[0]
     permuted = permute(rows, local_idx, num_experts, align=ALIGN, float8=scaled, implementation="pallas")
     sizes, groups = permuted.group_sizes, {"group_starts": permuted.group_starts, "implementation": "pallas"}
     hidden = gated_grouped_matmul(permuted.rows, gate_proj, up_proj, sizes, rows_scales=permuted.scales, **groups)
-    hidden, scales = quantize_rows(hidden) if scaled else (hidden, None)
+    hidden, scales = quantize_rows_pallas(hidden) if scaled else (hidden, None)
     out = grouped_matmul(hidden, down_proj, sizes, rows_scales=scales, **groups)
     return unpermute(out, permuted.positions, topk_weights, implementation="pallas")
 

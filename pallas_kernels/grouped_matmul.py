@@ -1,4 +1,4 @@
-"""Products of rows that are sorted by expert with each expert's own weights, the sizes of the groups known on device."""
+"""Products of rows sorted by expert with each expert's own weights; group sizes are known on device only."""
 
 import dataclasses
 from typing import Any, Literal

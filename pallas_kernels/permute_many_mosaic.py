@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels import simt
 from jmoe.pallas_kernels.block_scaled import BLOCK, FLOAT8
-from jmoe.pallas_kernels.permute_rows_mosaic import IN_FLIGHT, Row, load, rounded, store
+from jmoe.pallas_kernels.permute_rows_mosaic import IN_FLIGHT, Part, Row, load, rounded, store
 from jmoe.pallas_kernels.simt import BLOCK_THREADS, WARP, Pointer, Word
 
 WARPS = BLOCK_THREADS // WARP
@@ -59,7 +59,7 @@ def permute_many(
     out, *scales = plgpu.kernel(
         copy_rows,
         out_type=row_types(row, padded),
-        grid=(-(-num_rows * _chunks(row) // WARPS),),
+        grid=(-(-num_rows * num_chunks(row) // WARPS),),
         grid_names=("block",),
     )(rows, positions)
     return out, sizes, starts, positions.reshape(num_rows, k), scales[0] if scales else None
@@ -73,8 +73,15 @@ def row_types(row: Row, padded: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     return jax.ShapeDtypeStruct((padded, row.width), FLOAT8), scales
 
 
-def _chunks(row: Row) -> int:
+def num_chunks(row: Row) -> int:
+    """Warps that share a row."""
     return -(-row.vectors // CHUNK)
+
+
+def load_chunk(row: Row, source: Pointer, first: Word) -> list[Part]:
+    """What one of them takes, ready to be stored."""
+    steps = range(min(IN_FLIGHT, -(-row.vectors // WARP)))
+    return rounded(row, load(row, source, first, steps, whole=row.vectors % (len(steps) * WARP) == 0))
 
 
 def _each_expert(num_experts: int, body: Callable[[Word], None]) -> None:
@@ -206,11 +213,11 @@ def _copy(num_rows: int, k: int, row: Row) -> Callable[..., None]:
 
     def program(rows: Pointer, positions: Pointer, out: Pointer, *scales: Pointer):
         item = simt.block() * WARPS + simt.warp()
-        with simt.when(item < num_rows * _chunks(row)):
-            number, first = item // _chunks(row), item % _chunks(row) * CHUNK + simt.thread() % WARP
+        with simt.when(item < num_rows * num_chunks(row)):
+            number, first = item // num_chunks(row), item % num_chunks(row) * CHUNK + simt.thread() % WARP
             places = [positions.load(number * k + j) for j in range(k)]
             source = rows.skip(number, row.row_bytes)
-            parts = rounded(row, load(row, source, first, range(IN_FLIGHT), whole=row.vectors % CHUNK == 0))
+            parts = load_chunk(row, source, first)
             for place in places:
                 with simt.when(place >= 0):
                     store(row, parts, out, scales[0] if scales else None, (place >= 0).select(place, 0))

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jmoe.pallas_kernels.block_scaled import quantize_rows
 from jmoe.pallas_kernels.permute import num_padded_rows, permute, unpermute
+from jmoe.pallas_kernels.quantize_rows_mosaic import quantize_rows_pallas
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 import simt_emulator
@@ -97,6 +99,13 @@ def test_rows_are_rounded_to_float8_on_the_way(implementation, num_rows, width):
     rows[1] = 0
     local_idx = choices(rng, num_rows, 2, NUM_EXPERTS, 0.2)
     assert_permuted(jnp.asarray(rows, jnp.bfloat16), local_idx, NUM_EXPERTS, 8, implementation, float8=True)
+
+
+@pytest.mark.parametrize(("num_rows", "width"), [(5, 128), (3, 768), (2, 2176)])
+def test_quantize_rows_pallas(num_rows, width):
+    rows = jnp.asarray(np.random.default_rng(width).normal(size=(num_rows, width)), jnp.bfloat16)
+    for got, want in zip(quantize_rows_pallas(rows), quantize_rows(rows), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_the_worst_case_is_reached_and_no_more_than_it():
