@@ -4,25 +4,28 @@
     python benchmarks/tune_blocks.py ... --write                # also into pallas_kernels/block_table.json
 
 Every candidate of a problem is compiled (several at a time), run once and compared with the heuristic's choice, and
-timed; a candidate that can't run, or is further off than 1e-2, is a line that says so. An op joins by a function of the
-arguments that yields `Problem`s, in PROBLEMS.
+timed on the device; a candidate that can't run, or is further off than 1e-2, is a line that says so. An op joins by a
+function of the arguments that yields `Problem`s, in PROBLEMS.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from device_time import relative_error, seconds_per_call, where
+from device_profile import calls_of, profile
+from device_time import relative_error, where
 from expert_ffn_cases import MODELS, Case, make_inputs, make_weights
 
 from jmoe.pallas_kernels.block_table import write_blocks
 
 COMPILING = 6  # candidates compiled at a time
+CALLS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,7 @@ def tune(problem: Problem, around: Callable[[], Any] | None = None) -> list[Trie
     def outputs(function: Callable[..., Any]) -> list[np.ndarray]:
         return [problem.meant(np.asarray(leaf, np.float32)) for leaf in jax.tree.leaves(jax.jit(function)(*first))]
 
+    timing = threading.Lock()  # others compile meanwhile
     first = problem.inputs[0]
     want = outputs(problem.make(None))
 
@@ -70,7 +74,9 @@ def tune(problem: Problem, around: Callable[[], Any] | None = None) -> list[Trie
             error = max(relative_error(a, b) for a, b in zip(outputs(function), want, strict=True))
             if error > 1e-2:
                 return Tried(blocks, None, f"wrong: {error:.1e}")
-            return Tried(blocks, seconds_per_call(function, problem.inputs, few=4, many=16, repeats=5, around=around))
+            program = calls_of(function, problem.inputs, CALLS)
+            with timing:
+                return Tried(blocks, profile(program, CALLS, repeats=3, around=around).seconds)
         except Exception as error:  # too much shared memory, a tile that doesn't divide: a line of the report
             return Tried(blocks, None, f"{type(error).__name__}: {str(error).strip()[:80]}")
 

@@ -3,13 +3,17 @@
 One shape serves both phases: `rows` sequences with up to `chunk` new tokens each (decode: chunk = 1; prefill: one row).
 """
 
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-Implementation = Literal["xla", "reference"]
+from jmoe.pallas_kernels.choice import by_platform
+
+Implementation = Literal["xla", "pallas", "reference"]
 MASKED = -1e30  # finite, so that a row with nothing to attend to yields numbers, not NaN
+NUM_SMS = 132  # of an H100; for a GPU that isn't there
 
 
 def write_pages(
@@ -81,22 +85,33 @@ def paged_attention(
       logit_soft_cap: bound of a score, or None.
       sinks: `[Q]` float32, one more logit a head in the softmax's denominator, or None. Not capped.
       k_scale, v_scale: float32 scalars, what one unit of a page stands for.
-      implementation: "xla" (gathers each row's pages), "reference" (float32, one softmax a head), None for the best.
+      implementation: "pallas" (Mosaic GPU, Hopper: `paged_decode_mosaic` where chunk is 1, `paged_prefill_mosaic` above
+        that), "xla" (gathers each row's pages), "reference" (float32, one softmax a head), None for the best.
 
     Returns:
       `[rows, chunk, Q, H]` in q's dtype; rows that hold no token come out finite and meaningless.
 
     Raises:
-      ValueError: shapes that don't belong together, or an unknown implementation.
+      ValueError: shapes that don't belong together, an unknown implementation, or what "pallas" can't compute.
     """
     _check(q, k_pages, v_pages, sinks)
-    if implementation not in (None, "xla", "reference"):
-        raise ValueError(f"paged_attention: expected implementation 'xla', 'reference' or None, got {implementation!r}")
-    form = _reference if implementation == "reference" else _xla
-    scale = q.shape[3] ** -0.5 * k_scale
-    return form(
-        q, k_pages, v_pages, page_table, start_pos, num_tokens, sliding_window, logit_soft_cap, sinks, scale, v_scale
-    )
+    if implementation not in (None, "xla", "pallas", "reference"):
+        raise ValueError(
+            f"paged_attention: expected implementation 'xla', 'pallas', 'reference' or None, got {implementation!r}"
+        )
+    arrays = (q, k_pages, v_pages, page_table, start_pos, num_tokens, sinks, k_scale, v_scale)
+    options = {"sliding_window": sliding_window, "soft_cap": logit_soft_cap}
+    xla, pallas, reference = (functools.partial(form, **options) for form in (_xla, _pallas, _reference))
+    if implementation == "reference":
+        return reference(*arrays)
+    reason = _pallas_refuses(q, k_pages, sliding_window)
+    if implementation == "pallas":
+        if reason:
+            raise ValueError(f"paged_attention: 'pallas' {reason}")
+        return pallas(*arrays)
+    if implementation == "xla" or reason:
+        return xla(*arrays)
+    return by_platform("paged_attention", pallas, xla, *arrays)
 
 
 def _check(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, sinks: jax.Array | None) -> None:
@@ -109,9 +124,59 @@ def _check(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, sinks: jax.Arra
         raise ValueError(f"paged_attention: expected sinks [Q] = {q.shape[2:3]}, got {sinks.shape}")
 
 
-def _xla(q, k_pages, v_pages, page_table, start_pos, num_tokens, sliding_window, soft_cap, sinks, scale, v_scale):
+def _pallas_refuses(q: jax.Array, k_pages: jax.Array, sliding_window: int | None) -> str:
+    """Why the Mosaic kernels can't compute this, or nothing."""
+    if isinstance(sliding_window, jax.Array):
+        return "expected sliding_window to be known when it is traced"
+    if q.shape[1] > 1:
+        from jmoe.pallas_kernels.ragged_paged_attention import pallas_refuses
+
+        return pallas_refuses(q.reshape(-1, *q.shape[2:]), k_pages)
+    page_len, num_kv_heads, head_dim = k_pages.shape[1:]
+    if q.dtype != jnp.bfloat16 or k_pages.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
+        return f"expected bfloat16 queries, pages of that or float8_e4m3fn, got {q.dtype} and {k_pages.dtype}"
+    if head_dim not in (64, 128, 256) or page_len % 16:
+        return f"expected head_dim 64, 128 or 256, page_len a multiple of 16, got {head_dim} and {page_len}"
+    if q.shape[2] > 16 * num_kv_heads:
+        return f"expected at most 16 query heads a KV head, got {q.shape[2] // num_kv_heads}"
+    return ""
+
+
+def _pallas(q, *arrays, sliding_window, soft_cap):
+    form = _pallas_decode if q.shape[1] == 1 else _pallas_prefill
+    return form(q, *arrays, sliding_window=sliding_window, logit_soft_cap=soft_cap)
+
+
+def _pallas_decode(q, *arrays, interpret=False, **options):
+    from jmoe.pallas_kernels.paged_decode_mosaic import paged_decode
+
+    return paged_decode(q[:, 0], *arrays, num_sms=_num_sms(), interpret=interpret, **options)[:, None]
+
+
+def _pallas_prefill(q, k_pages, v_pages, page_table, start_pos, num_tokens, sinks, k_scale, v_scale, **options):
+    """Rows of the ragged form that are all as long as the chunk, some of it unused."""
+    from jmoe.pallas_kernels.ragged_paged_attention import ragged_paged_attention
+
+    rows, chunk = q.shape[:2]
+    offsets = jnp.arange(rows, dtype=jnp.int32) * chunk
+    num_tokens = jnp.full((rows,), chunk, jnp.int32) if num_tokens is None else num_tokens
+    place = (page_table, offsets, num_tokens, start_pos)
+    options = {**options, "sinks": sinks, "k_scale": k_scale, "v_scale": v_scale}
+    flat = q.reshape(rows * chunk, *q.shape[2:])
+    out = ragged_paged_attention(flat, k_pages, v_pages, *place, **options, implementation="pallas")
+    return out.reshape(q.shape)
+
+
+def _num_sms() -> int:
+    if jax.default_backend() != "gpu":
+        return NUM_SMS
+    return int(getattr(jax.devices()[0], "core_count", NUM_SMS))
+
+
+def _xla(q, k_pages, v_pages, page_table, start_pos, num_tokens, sinks, k_scale, v_scale, *, sliding_window, soft_cap):
     """Gathers every row's pages; the products in q's dtype, which holds a float8 exactly."""
     rows, chunk, num_heads, head_dim = q.shape
+    scale = head_dim**-0.5 * k_scale
     num_kv_heads = k_pages.shape[2]
     k, v = (_rows_of(pages, page_table).astype(q.dtype) for pages in (k_pages, v_pages))  # [rows, S, G, H]
     v = _written(v, start_pos + (chunk if num_tokens is None else num_tokens))
@@ -155,9 +220,12 @@ def _visible(start_pos: jax.Array, chunk: int, length: int, sliding_window: int 
     return visible if sliding_window is None else visible & (key > query - sliding_window)
 
 
-def _reference(q, k_pages, v_pages, page_table, start_pos, num_tokens, sliding_window, soft_cap, sinks, scale, v_scale):
+def _reference(
+    q, k_pages, v_pages, page_table, start_pos, num_tokens, sinks, k_scale, v_scale, *, sliding_window, soft_cap
+):
     """Float32 throughout, one query head at a time."""
     group = q.shape[2] // k_pages.shape[2]
+    scale = q.shape[3] ** -0.5 * k_scale
     k, v = (_rows_of(p, page_table).astype(jnp.float32) for p in (k_pages, v_pages))
     v = _written(v, start_pos + (q.shape[1] if num_tokens is None else num_tokens)) * v_scale
     visible = _visible(start_pos, q.shape[1], k.shape[1], sliding_window)

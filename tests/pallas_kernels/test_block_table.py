@@ -3,7 +3,9 @@
 import jax.numpy as jnp
 import pytest
 
+from jmoe.pallas_kernels import grouped_blocks
 from jmoe.pallas_kernels.block_table import TABLE, bucket, device_kind, find_blocks, write_blocks
+from jmoe.pallas_kernels.grouped_matmul import GroupedBlocks
 
 SHAPE = {"rows": 100, "experts": 8, "in": 2048}
 
@@ -52,6 +54,15 @@ def test_a_caller_may_change_what_it_got(table):
     assert blocks is not None
     blocks["out"] = 1
     assert find_blocks("product", jnp.bfloat16, SHAPE, table=table) == {"out": 64, "stages": 4}
+
+
+def test_grouped_blocks_that_do_not_divide_are_not_taken(monkeypatch):
+    found = {"block_rows": 16, "block_out": 128, "block_in": 64, "consumers": 2}
+    monkeypatch.setattr(grouped_blocks, "find_blocks", lambda *key: dict(found))
+    shape = grouped_blocks.grouped_shape(1024, 128, 2048, 768)
+    assert grouped_blocks.measured_blocks("grouped_matmul", jnp.bfloat16, shape) == GroupedBlocks(16, 128, 64, None, 2)
+    for smaller in ({"out": 704}, {"in": 96}, {"rows": 8}):
+        assert grouped_blocks.measured_blocks("grouped_matmul", jnp.bfloat16, shape | smaller) is None
 
 
 def test_the_committed_table_says_where_its_figures_come_from():

@@ -240,7 +240,7 @@ def test_no_name_takes_the_best_supported():
 
 def test_what_cannot_be_computed_is_refused():
     q, k, v, table, start = batch_of((3,)).arguments()
-    with pytest.raises(ValueError, match="expected implementation 'xla', 'reference' or None, got 'triton'"):
+    with pytest.raises(ValueError, match="expected implementation 'xla', 'pallas', 'reference' or None, got 'triton'"):
         paged_attention(q, k, v, table, start, implementation="triton")  # type: ignore[arg-type]
     for wrong in ((q[:, :, :3], k, v), (q[..., :8], k, v), (q, k, v[:, :, :1])):
         with pytest.raises(ValueError, match=r"paged_attention: expected q .* got \(1, 1, "):

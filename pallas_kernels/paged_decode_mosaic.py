@@ -1,0 +1,98 @@
+"""Decode attention over pages on Hopper: shapes, buffers and launch of the kernel of `paged_decode_body`."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jmoe.pallas_kernels import paged_decode_plan as planning
+from jmoe.pallas_kernels.paged_decode_body import LOG2E, TILE, TILE_UNITS, body_of
+from jmoe.pallas_kernels.paged_decode_plan import COUNTER_WORDS, MASKED, WORDS, Decode
+
+RING_BYTES = 96 * 1024  # of pages under way in a stream, two streams an SM
+
+
+def paged_decode(
+    q, k_pages, v_pages, page_table, start_pos, num_tokens, sinks, k_scale, v_scale, *,
+    sliding_window=None, logit_soft_cap=None, num_sms=132, stages=None, num_streams=None, interpret=False,
+):  # fmt: skip
+    """See `paged_attention`.
+
+    Args:
+      q: `[rows, Q, H]` bfloat16, one token a row.
+      k_pages, v_pages: `[P, page_len, G, H]` bfloat16 or float8_e4m3fn.
+      page_table: `[rows, max_pages]` int32.
+      start_pos: `[rows]` int32.
+      num_tokens: `[rows]` int32 of 0 and 1, or None for ones.
+      sinks: `[Q]` float32 or None.
+      k_scale, v_scale: float32 scalars.
+      num_sms: of the GPU.
+      stages, num_streams: tiles on their way in a stream, and streams; None for what fits.
+      interpret: run by the interpreter, which has no atomics: what streams share is merged in XLA.
+
+    Returns:
+      `[rows, Q, H]` bfloat16.
+    """
+    rows, num_heads, head_dim = q.shape
+    page_len, num_kv_heads = k_pages.shape[1:3]
+    tile_bytes = 2 * TILE * head_dim * k_pages.dtype.itemsize
+    per_sm = 1 if head_dim > 128 else 2
+    ring_bytes = 2 * RING_BYTES // per_sm - (2 * TILE * head_dim if k_pages.dtype.itemsize == 1 else 0)
+    ranges = planning.num_ranges(num_streams or per_sm * num_sms, num_kv_heads)
+    shape = Decode(
+        rows, num_heads, num_kv_heads, head_dim, page_len, ranges * num_kv_heads,
+        stages or ring_bytes // tile_bytes, sliding_window, logit_soft_cap, k_pages.dtype, q.dtype, interpret,
+    )  # fmt: skip
+    flat = q.reshape(rows * num_heads, head_dim)
+    flat = jnp.pad(flat, ((0, shape.flat_rows - rows * num_heads), (0, 0)))
+    scales = [jnp.asarray(scale, jnp.float32).reshape(1) for scale in (k_scale, v_scale)]
+    log2_sinks = None if sinks is None else jnp.pad(sinks * LOG2E, shape.columns)
+    tokens = 1 if num_tokens is None else num_tokens
+    plan = (
+        planning.decode_plan(start_pos, tokens, num_kv_heads, shape.num_streams, sliding_window) if interpret else None
+    )
+    operands = (flat, k_pages, v_pages, page_table, start_pos, num_tokens, *scales, log2_sinks, plan)
+    out, acc, maxima_sums, _ = _kernel(shape)(*operands)
+    if not interpret:
+        return out
+    by_head = (
+        jnp.full((num_kv_heads, shape.group), MASKED) if sinks is None else (sinks * LOG2E).reshape(num_kv_heads, -1)
+    )
+    return planning.merge_partials(out, acc, maxima_sums, start_pos, tokens, by_head, v_scale, sliding_window)
+
+
+def _kernel(shape: Decode):
+    streams, stages, head_dim, n = shape.num_streams, shape.stages, shape.head_dim, shape.columns
+
+    def tiles(*sizes, dtype):
+        swizzle = 64 * jnp.dtype(dtype).itemsize  # 64 elements, so that those of a float8 tile can be read alone
+        tiling = plgpu.TilingTransform((8, 64))
+        return plgpu.SMEM(sizes, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+    values = (TILE, head_dim) if shape.small_pages else (8, 64)  # where float8 values become float16
+    return plgpu.kernel(
+        body_of(shape),
+        out_type=(
+            jax.ShapeDtypeStruct((shape.rows, shape.num_heads, head_dim), shape.out_dtype),
+            jax.ShapeDtypeStruct((streams, 2, head_dim, n), jnp.float32),
+            jax.ShapeDtypeStruct((streams, 2, 2, n), jnp.float32),
+            jax.ShapeDtypeStruct((streams, COUNTER_WORDS), jnp.int32),
+        ),
+        grid=(streams,),
+        grid_names=("stream",),
+        num_threads=2,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        scratch_types=[
+            tiles(stages, TILE, head_dim, dtype=shape.pages_dtype),
+            tiles(stages, TILE, head_dim, dtype=shape.pages_dtype),
+            tiles(*values, dtype=shape.dtype),
+            tiles(n, head_dim, dtype=shape.dtype),
+            tiles(n, TILE, dtype=shape.dtype),
+            plgpu.SMEM((n, head_dim), shape.out_dtype),
+            plgpu.SMEM((2, WORDS), jnp.int32),
+            plgpu.Barrier(num_arrivals=TILE_UNITS, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=TILE_UNITS, num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages),
+        ],
+    )

@@ -1,0 +1,180 @@
+"""The decode kernel of paged_attention: its plan thread by thread, the kernel interpreted, compiled, and on a GPU."""
+
+import dataclasses
+import functools
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jmoe.pallas_kernels import paged_attention as public
+from jmoe.pallas_kernels import paged_decode_plan as planning
+from jmoe.pallas_kernels import simt
+from jmoe.pallas_kernels.paged_attention import paged_attention
+
+sys.path.insert(0, __file__.rsplit("/", 1)[0])
+import simt_emulator
+from test_paged_attention import batch_of, oracle
+
+TARGET = pathlib.Path(__file__).parents[1] / "data" / "h200_target_config.txtpb"
+LENGTHS = (1, 16, 17, 64, 150)
+SINKS = np.array([-1.0, 0.5, 2.0, 0.0, 3.0, -2.0], np.float32)
+
+
+def units_of(start_pos, num_tokens, window):
+    """Sixteens of positions from the first visible one's on, at least one."""
+    for start, tokens in zip(start_pos, num_tokens, strict=True):
+        low = 0 if window is None else max(0, start + 1 - window)
+        yield max(1, -(-(start + tokens) // 16) - low // 16)
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_kv_heads", "ranges", "window", "with_tokens"),
+    [
+        (1, 1, 1, None, False),
+        (1, 1, 7, 100, True),
+        (3, 2, 5, 1, True),
+        (130, 8, 4, None, True),
+        (300, 1, 8, 100, False),
+    ],
+)
+def test_ranges_share_all_units_alike(monkeypatch, rows, num_kv_heads, ranges, window, with_tokens):
+    """Against a walk over a list of all units; the XLA form of the plan too."""
+    rng = np.random.default_rng(rows)
+    start_pos = rng.integers(0, 2000, rows).astype(np.int32)
+    num_tokens = rng.integers(0, 2, rows).astype(np.int32) if with_tokens else np.ones(rows, np.int32)
+    counts = list(units_of(start_pos, num_tokens, window))
+    units = [(row, unit) for row, n in enumerate(counts) for unit in range(n)]
+    share = -(-len(units) // ranges)
+    num_streams = ranges * num_kv_heads
+
+    simt_emulator.install(monkeypatch)
+    plan = planning.plan_program(rows, num_streams, num_kv_heads, window, with_tokens)
+
+    def program(*pointers):
+        plan(*pointers[:-1], pointers[-1].skip(simt.block(), 4 * planning.WORDS))
+
+    run = plgpu.kernel(
+        lambda *refs: simt.program(program, *refs),
+        out_type=jax.ShapeDtypeStruct((num_streams, planning.WORDS), jnp.int32),
+        grid=(num_streams,),
+    )
+    words = run(start_pos, *([num_tokens] if with_tokens else []))
+    plain = np.asarray(planning.decode_plan(start_pos, num_tokens, num_kv_heads, num_streams, window))
+    for stream in range(num_streams):
+        first = stream // num_kv_heads * share
+        mine = units[first : first + share]
+        assert words[stream, planning.COUNT] == plain[stream, planning.COUNT] == len(mine)
+        if not mine:
+            assert words[stream, planning.CUT_ROW] == -1
+            continue
+        assert words[stream, :4].tolist() == plain[stream, :4].tolist() == [*mine[0], len(mine), share]
+        row, unit = mine[-1]
+        if (row, 0) in mine and unit < counts[row] - 1:
+            cut = [row, units.index((row, 0)), counts[row]]
+            assert words[stream, planning.CUT_ROW : planning.CUT_UNITS + 1].tolist() == cut
+        else:
+            assert words[stream, planning.CUT_ROW] == -1
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The kernel on the CPU, as three streams or six: each costs a second."""
+    if jax.__version_info__ < (0, 11):
+        pytest.skip(f"Mosaic GPU interpret mode with layout_cast needs jax 0.11 or newer, got {jax.__version__}")
+    from jax._src.pallas.mosaic_gpu.interpret import params
+
+    monkeypatch.setattr(public, "_num_sms", lambda: 3)
+    monkeypatch.setattr(public, "_pallas_decode", functools.partial(public._pallas_decode, interpret=True))
+    with params.force_gpu_interpret_mode():
+        yield
+
+
+def rounded(batch, dtype):
+    """The sequences as pages of that dtype hold them."""
+    keys, values = ([np.asarray(jnp.asarray(a, dtype), np.float32) for a in b] for b in (batch.keys, batch.values))
+    return dataclasses.replace(batch, keys=keys, values=values)
+
+
+def poisoned(batch, dtype):
+    """The arguments, with NaN in every cell of v that holds no token of the rows."""
+    v_pages = np.full(batch.v_pages.shape, np.nan, np.float32)
+    page_len = v_pages.shape[1]
+    for row, values in enumerate(batch.values):
+        for position, value in enumerate(values):
+            v_pages[batch.page_table[row, position // page_len], position % page_len] = value
+    q, k_pages, _, page_table, start_pos = batch.arguments("bfloat16")
+    return q, k_pages.astype(dtype), jnp.asarray(v_pages, dtype), page_table, start_pos
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "page_len", "dtype", "options"),
+    [
+        ((6, 2), 64, 16, "bfloat16", {"sliding_window": 40, "logit_soft_cap": 3.0, "sinks": SINKS}),
+        ((9, 1), 64, 64, "float8_e4m3fn", {}),
+        ((2, 2), 256, 32, "bfloat16", {"sinks": SINKS[:2]}),
+    ],
+)
+def test_the_kernel_interpreted(interpreted, heads, head_dim, page_len, dtype, options):
+    """Rows cut into several streams and rows whole; what stands behind a row's tokens is NaN."""
+    num_heads, num_kv_heads = heads
+    max_pages = -(-max(LENGTHS) // page_len)
+    batch = batch_of(LENGTHS, 1, num_heads, num_kv_heads, head_dim, page_len, max_pages)
+    arguments = poisoned(batch, dtype)
+    sinks = options.get("sinks")
+    given = {**options, "sinks": None if sinks is None else jnp.asarray(sinks)}
+    got = np.asarray(paged_attention(*arguments, **given, implementation="pallas"), np.float32)
+    np.testing.assert_allclose(got, oracle(rounded(batch, dtype), **options), rtol=2e-2, atol=3e-2)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+@pytest.mark.parametrize(("heads", "head_dim"), [((48, 8), 128), ((16, 1), 64), ((8, 8), 256), ((4, 4), 128)])
+def test_the_kernel_compiled_for_hopper(heads, head_dim, dtype):
+    """One launch, with nothing beside it."""
+    pytest.importorskip("jax_cuda13_plugin", reason="ahead-of-time compilation needs the `aot` extra")
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(
+        topology_name="h200", platform="cuda", target_config=TARGET.read_text(), topology="1x1x1"
+    )
+    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    num_heads, num_kv_heads = heads
+    pages, rows = ((256, 64, num_kv_heads, head_dim), dtype), ((4,), jnp.int32)
+    shapes = (((4, 1, num_heads, head_dim), jnp.bfloat16), pages, pages, ((4, 64), jnp.int32), rows, rows)
+    arguments = [jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for shape, kind in shapes]
+    function = functools.partial(paged_attention, implementation="pallas", sliding_window=4096)
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).compile().as_text()
+    entry = text[text.index("\nENTRY ") :]
+    assert entry.count('custom_call_target="mosaic_gpu') == 1
+    assert not [line for line in entry.splitlines() if " copy(" in line or " fusion(" in line]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "page_len", "options"),
+    [
+        ((48, 8), 128, 16, {}),
+        ((48, 8), 128, 64, {"sliding_window": 128, "logit_soft_cap": 3.0, "sinks": np.linspace(-1, 2, 48)}),
+        ((16, 1), 64, 64, {}),
+        ((4, 4), 256, 16, {"sinks": np.linspace(-1, 2, 4)}),
+        ((32, 2), 128, 16, {"sliding_window": 1000}),
+    ],
+)
+def test_the_kernel_on_a_gpu(heads, head_dim, page_len, options, dtype):
+    """Short rows beside one of 5000 tokens, twice: the same bits."""
+    lengths = (*LENGTHS, 5000, 1, 2, 777)
+    batch = batch_of(lengths, 1, *heads, head_dim, page_len, -(-max(lengths) // page_len))
+    arguments = poisoned(batch, dtype)
+    sinks = options.get("sinks")
+    given = {**options, "sinks": None if sinks is None else jnp.asarray(sinks, jnp.float32)}
+    function = jax.jit(functools.partial(paged_attention, **given, implementation="pallas"))
+    got, again = (np.asarray(function(*arguments), np.float32) for _ in range(2))
+    np.testing.assert_array_equal(got, again)
+    np.testing.assert_allclose(got, oracle(rounded(batch, dtype), **options), rtol=2e-2, atol=3e-2)
