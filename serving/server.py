@@ -243,18 +243,16 @@ def serve(
 
     Args:
       model: a Hugging Face checkpoint folder, or a live `jmoe.models.model.Model`.
-      mesh_cfg: devices of each role and micro-batches, or `MeshConfig.colocate(N)` for both roles on each of N; None is
-        the latter on a host with one GPU, else one attention and one expert device.
-      executor: "inline" runs both roles in this process, "processes" starts a worker for each; "auto" takes
-        "processes" on GPUs.
+      mesh_cfg: devices of each role and micro-batches, or `MeshConfig.colocate(N)`; None is the latter on a host
+        with one GPU, else one attention and one expert device.
+      executor: "inline" (both roles in this process), "processes" (a worker for each), or "auto": the latter on GPUs.
       tokenizer: of a live model, or its folder; a checkpoint brings its own.
       programs: which to compile now, rather than at their first use: "greedy", "all" (sampling too) or "none".
-      max_waiting: requests that may wait for a slot.
+      max_waiting, max_prefill_tokens: bounds of the queue, and of prefill between two decode calls (`EngineConfig`).
       progress: gets a line for each step of starting up.
-      sizes: shapes of the programs, or single ones by name: `rows=8, max_len=4096` (see `CellSizes`).
-      processes: where the workers of "processes" are, and how long each thing may take (see `ProcessOptions`).
+      sizes: shapes of the programs (`CellSizes`), or single ones by name: `rows=8, max_len=4096`.
+      processes: where the workers are, and how long each thing may take (see `ProcessOptions`).
       compile_cache: where compiled programs are kept: "auto" ($JMOE_CACHE/compiled), "off" or a folder of this user.
-      max_prefill_tokens: chunk budget between two decode calls (see `EngineConfig`).
 
     Returns:
       The running server.
