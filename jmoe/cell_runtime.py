@@ -1,7 +1,9 @@
 """CellRuntime: a cell's programs, weights and state on the devices that this process holds. Both executors use it."""
 
+import dataclasses
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,18 +13,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmoe.cell_config import CellConfig
+from jmoe.compiled_programs import Program, load_program, program_key, save_program
 from jmoe.decode_loop import DeviceState, Role
 from jmoe.device_params import DeviceParams, ParamSource
 from jmoe.errors import SequenceMismatchError
 from jmoe.lowering import AbstractCell, Key, lower_program, on_each_device
 from jmoe.models.model import Model
-from jmoe.pallas_kernels.choice import last_choice
+from jmoe.pallas_kernels.choice import has_hopper
+from jmoe.program_files import ProgramFiles
 from jmoe.sampling import TokenCounts
 from jmoe.sharding.meshes import from_shards, joint_mesh, local_devices
 from jmoe.step_inputs import StepLayout
 from jmoe.weights_source import weights_source
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Submitted:
+    """A call under way: its devices' fault words by index on the joint axis, and what it brings, by replica."""
+
+    faults: list[tuple[int, jax.Array]]
+    parts: dict[str, list[jax.Array]]
 
 
 class CellRuntime:
@@ -32,13 +44,15 @@ class CellRuntime:
       cell: sizes; its mesh gives the order of `devices`.
       devices: every device of the joint mesh in order, other processes' included.
       role: what this process plays.
+      files: where compiled programs are found and kept; None compiles each one.
 
     Raises:
       ValueError: too few devices, or tensor sizes that the model can't be cut by.
     """
 
-    def __init__(self, cell: CellConfig, devices: Sequence[jax.Device], role: Role):
+    def __init__(self, cell: CellConfig, devices: Sequence[jax.Device], role: Role, files: ProgramFiles | None = None):
         self.cell = cell
+        self._files = files
         self.role: Role = role
         self.mesh = joint_mesh(cell.mesh, devices)
         self._local = local_devices(self.mesh)
@@ -49,7 +63,7 @@ class CellRuntime:
         ]
         self._params = DeviceParams(cell, self.mesh)
         self._abstract = AbstractCell(cell, self.mesh, role)
-        self._programs: dict[Key, jax.stages.Compiled] = {}
+        self._programs: dict[Key, Program] = {}
         self._attention: dict[str, jax.Array] = {}
         self._experts: dict[str, jax.Array] = {}
         self._state: DeviceState | None = None
@@ -84,6 +98,7 @@ class CellRuntime:
         self._state = DeviceState(
             sequence=self._filled((), np.int32),
             pages=self._empty_pages() if self.has_attention else None,
+            next_ids=self._filled(self._abstract.slots_shape, np.int32) if self.has_attention else None,
         )
 
     def close(self) -> None:
@@ -91,34 +106,81 @@ class CellRuntime:
         self._attention, self._experts, self._state = {}, {}, None
         self._programs.clear()
 
-    def compile(self, *keys: Key) -> str | None:
-        """Compiles programs for this process's devices, each once, several at a time (XLA leaves Python's lock).
+    def compile(self, *keys: Key) -> str:
+        """Finds or compiles programs for this process's devices, each once, several at a time (XLA leaves the lock).
 
         Needs no weights: it may run beside `load`.
 
         Returns:
-          The first time one line that says which kernels this process runs, which is logged too; later None.
+          What was done, in words.
         """
         unique: dict[Key, None] = dict.fromkeys((k[0], k[1]) for k in keys)
         wanted = [key for key in unique if key not in self._programs]
-        lowered = [lower_program(self.cell, self.mesh, self.role, key) for key in wanted]
+        start = time.monotonic()
         with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
-            self._programs |= dict(zip(wanted, pool.map(jax.stages.Lowered.compile, lowered), strict=True))
+            found = dict(zip(wanted, pool.map(self._find, wanted), strict=True))
+            missing = [key for key in wanted if found[key] is None]
+            lowered = [lower_program(self.cell, self.mesh, self.role, key) for key in missing]
+            lowered_s = time.monotonic() - start
+            compiled = list(pool.map(jax.stages.Lowered.compile, lowered))
+            for key, program in zip(missing, compiled, strict=True):
+                self._save(key, program)
+        self._programs |= {k: p for k, p in found.items() if p is not None} | dict(zip(missing, compiled, strict=True))
+        took_s = time.monotonic() - start
+        if not missing:
+            return f"{len(wanted)} compiled programs from the cache in {took_s:.1f} s{self._kernels(wanted)}"
+        traced = f"{lowered_s:.1f} s to trace them"
+        return f"compiled {len(missing)} of {len(wanted)} programs in {took_s:.1f} s ({traced}){self._kernels(wanted)}"
+
+    def _kernels(self, wanted: Sequence[Key]) -> str:
+        """Which kernels this process runs: logged and said once, later nothing."""
         if self._kernels_told or not wanted:
-            return None
+            return ""
         self._kernels_told = True
         ops = {"expert": "expert_ffn", "attention": "paged_attention"}
         played = [op for role, op in ops.items() if self.role in (role, "inline", "colocated")]
-        line = f"kernels: {', '.join(f'{op} {self.cell.implementation or last_choice(op)}' for op in played)}"
+        best = "pallas" if has_hopper() else "xla"
+        line = f"kernels: {', '.join(f'{op} {self.cell.implementation or best}' for op in played)}"
         logger.info(line)
-        return line
+        return f"; {line}"
+
+    def _find(self, key: Key) -> Program | None:
+        if self._files is None:
+            return None
+        return load_program(self._files, program_key(self._abstract, key), self._abstract, key)
+
+    def _save(self, key: Key, program: jax.stages.Compiled) -> None:
+        if self._files is not None:
+            save_program(self._files, program_key(self._abstract, key), program)
 
     def run(self, key: Key, inputs: np.ndarray | None) -> dict[str, Any]:
-        """Runs one call and waits for it.
+        """Runs one call and waits for it; see `submit` and `collect`."""
+        return self.collect(self.submit(key, inputs))
+
+    def submit(self, key: Key, inputs: np.ndarray | None) -> "Submitted":
+        """Starts one call behind those that run, and the copies of what it brings; waits for none of it.
 
         Args:
           key: which program.
           inputs: `[M, m, rows, width]` int32 (`StepInputs.array`); None in a process without attention devices.
+        """
+        key = (key[0], key[1])
+        self.compile(key)
+        state, emitted, fault, dropped = self._programs[key](*self._arguments(key, inputs))
+        self._keep(state)
+        brought = {"dropped_rows": dropped} | {
+            name: array
+            for name in ("tokens", "logprobs", "top_ids", "top_logprobs")
+            if self.has_attention and (array := getattr(emitted, name)) is not None
+        }
+        parts = {name: self._of_replicas(array) for name, array in brought.items()}
+        faults = [(s.index[0].start or 0, s.data) for s in fault.addressable_shards]
+        for part in (*(data for _, data in faults), *(data for datas in parts.values() for data in datas)):
+            part.copy_to_host_async()
+        return Submitted(faults, parts)
+
+    def collect(self, submitted: "Submitted") -> dict[str, Any]:
+        """Waits for a call; from any thread.
 
         Returns:
           In a process with attention devices: `replicas` (those whose first tensor rank is here), `tokens`
@@ -128,22 +190,24 @@ class CellRuntime:
         Raises:
           SequenceMismatchError: an exchange was out of step.
         """
-        key = (key[0], key[1])
-        self.compile(key)
-        arguments = self._arguments(key, inputs)
-        state, emitted, fault, dropped = self._programs[key](*arguments)
-        counts = state.counts if state.counts is not None or self._state is None else self._state.counts
-        self._state = DeviceState(state.sequence, state.pages, counts)
-        self._check(fault)
-        result: dict[str, Any] = {"dropped_rows": 0}
-        if not self.has_attention:
-            return result
-        result["dropped_rows"] = int(sum(self._of_replicas(dropped)))
-        result["replicas"] = np.array([r for r, _ in self._replicas], np.int32)
-        for name in ("tokens", "logprobs", "top_ids", "top_logprobs"):
-            if (array := getattr(emitted, name)) is not None:
-                result[name] = np.stack(self._of_replicas(array), axis=1)
+        for index, shard in submitted.faults:
+            expected, got = np.asarray(shard)[0]
+            if expected >= 0:
+                raise SequenceMismatchError(
+                    f"{self.cell.mesh.role(index)} device {index}: expected an exchange with sequence number "
+                    f"{expected}, got {got}"
+                )
+        parts = {name: [np.asarray(data)[0] for data in datas] for name, datas in submitted.parts.items()}
+        result: dict[str, Any] = {"dropped_rows": int(sum(parts.pop("dropped_rows")))}
+        if self.has_attention:
+            result["replicas"] = np.array([r for r, _ in self._replicas], np.int32)
+            result |= {name: np.stack(arrays, axis=1) for name, arrays in parts.items()}
         return result
+
+    def _keep(self, state: DeviceState) -> None:
+        """The state of the next call; penalty counts of before where this call touched none."""
+        before = self._state.counts if self._state is not None else None
+        self._state = dataclasses.replace(state, counts=before if state.counts is None else state.counts)
 
     def measure(self, function: Callable[..., Any], inputs: np.ndarray) -> Callable[[], Any]:
         """Compiles `function(attention, experts, state, decode inputs) -> (state, result)` over every device.
@@ -158,7 +222,7 @@ class CellRuntime:
 
         def call():
             state, result = compiled(*self._arguments(key, inputs))
-            self._state = DeviceState(state.sequence, state.pages, self._state.counts if self._state else None)
+            self._keep(state)
             return result
 
         return call
@@ -170,7 +234,7 @@ class CellRuntime:
         device = self.mesh.devices.flat[device_index]
         shards[device] = jnp.full((1,), value, jnp.int32, device=device)
         sequence = from_shards(self.mesh, {d: shards[d] for _, d in self._local})
-        self._state = DeviceState(sequence, self._state.pages, self._state.counts)
+        self._state = dataclasses.replace(self._state, sequence=sequence)
 
     def _arguments(self, key: Key, inputs: np.ndarray | None):
         if self._state is None:
@@ -178,8 +242,8 @@ class CellRuntime:
         counts = self._state.counts
         if key[1] and self.has_attention and counts is None:
             counts = self._empty_counts()
-        self._state = DeviceState(self._state.sequence, self._state.pages, counts)
-        state = DeviceState(self._state.sequence, self._state.pages, counts if key[1] else None)
+        self._state = dataclasses.replace(self._state, counts=counts)
+        state = dataclasses.replace(self._state, counts=counts if key[1] else None)
         return self._attention, self._experts, state, self._inputs(key, inputs) if self.has_attention else None
 
     def _inputs(self, key: Key, inputs: np.ndarray | None) -> jax.Array:
@@ -199,19 +263,10 @@ class CellRuntime:
         devices = [device for _, device in self._local]
         return from_shards(self.mesh, dict(zip(devices, jax.device_put(parts, devices), strict=True)))
 
-    def _check(self, fault: jax.Array) -> None:
-        for shard in fault.addressable_shards:
-            expected, got = np.asarray(shard.data)[0]
-            if expected >= 0:
-                index = shard.index[0].start or 0
-                raise SequenceMismatchError(
-                    f"{self.cell.mesh.role(index)} device {index}: expected an exchange with sequence number "
-                    f"{expected}, got {got}"
-                )
-
-    def _of_replicas(self, array: jax.Array) -> list[np.ndarray]:
+    def _of_replicas(self, array: jax.Array) -> list[jax.Array]:
+        """`[1, ...]` each; none in a process without attention devices."""
         shards = {s.device: s.data for s in array.addressable_shards}
-        return [np.asarray(shards[device])[0] for _, device in self._replicas]
+        return [shards[device] for _, device in self._replicas]
 
     def _filled(self, shape: tuple[int, ...], dtype) -> jax.Array:
         """Zeros of `shape` on every device of this process."""

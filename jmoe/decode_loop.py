@@ -43,11 +43,14 @@ class DeviceState:
       sequence: int32, the chain's next number.
       pages: keys and values by decoder layer.
       counts: by micro-batch; only programs that sample touch them.
+      next_ids: `[m, rows]` int32, the token that each decode slot feeds next, -1 where it has ended. So a call can
+        start before the host has seen the tokens of the one before.
     """
 
     sequence: jax.Array
     pages: list[tuple[jax.Array, jax.Array]] | None = None
     counts: list[TokenCounts] | None = None
+    next_ids: jax.Array | None = None
 
 
 class CellProgram:
@@ -113,10 +116,13 @@ class CellProgram:
 
     def _steps(self, cast, attention: AttentionRole | None, state: DeviceState, inputs: jax.Array | None):
         """The loop over steps; a single pass stands without one."""
-        rows, counts, emitted = [], state.counts, None
+        rows, counts, emitted, started = [], state.counts, None, []
         if attention is not None:
-            assert inputs is not None
+            assert inputs is not None and state.next_ids is not None
             rows = [Rows.unpack(packed, self.layout) for packed in inputs]
+            if self.kind == "decode":
+                started = [row.num_tokens > 0 for row in rows]
+                rows = [row.resume(next_ids) for row, next_ids in zip(rows, state.next_ids, strict=True)]
             if self.sampling and self.kind == "prefill":
                 counts = [c.with_chunk(*_chunk(r)) for c, r in zip(counts or [], rows, strict=True)]
             emitted = self._nothing()
@@ -143,9 +149,17 @@ class CellProgram:
             carry = step(0, start)
         else:
             carry = jax.lax.fori_loop(0, self.num_steps, step, start)
-        _, pages, counts, emitted, sequence, fault, dropped = carry
-        state = DeviceState(sequence, pages if attention is not None else None, counts)
-        return state, emitted, fault, dropped
+        after, pages, counts, emitted, sequence, fault, dropped = carry
+        if attention is None:
+            return DeviceState(sequence, counts=counts), emitted, fault, dropped
+        assert emitted is not None and state.next_ids is not None
+        if self.kind == "decode":
+            next_ids = [r.next_ids(*old) for r, *old in zip(after, state.next_ids, started, strict=True)]
+        else:
+            next_ids = [
+                r.first_ids(old, ids) for r, old, ids in zip(rows, state.next_ids, emitted.tokens[0], strict=True)
+            ]
+        return DeviceState(sequence, pages, counts, jnp.stack(next_ids)), emitted, fault, dropped
 
     def _nothing(self) -> Emitted:
         shape = (self.num_steps, self.cell.mesh.num_micro_batches, self.layout.num_rows)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jmoe.cell_config import CellConfig
-from jmoe.decode_loop import CellProgram, DeviceState, Role
+from jmoe.decode_loop import CellProgram, DeviceState, Emitted, Role
 from jmoe.models.model import array_specs
 from jmoe.sampling import TokenCounts
 from jmoe.sharding.mesh_config import AXIS
@@ -57,6 +57,11 @@ class AbstractCell:
         """Of the KV cache."""
         return jnp.dtype(self.cell.model.dtype if self.cell.kv_dtype == "auto" else jnp.float8_e4m3fn)
 
+    @property
+    def slots_shape(self) -> tuple[int, int]:
+        """Of what is kept of each decode slot on one device."""
+        return self.cell.mesh.num_micro_batches, self.cell.rows
+
     def state(self, sampling: bool) -> DeviceState:
         """What is kept from call to call."""
         sequence = self._abstract((), np.int32)
@@ -69,6 +74,7 @@ class AbstractCell:
             sequence,
             [(pages, pages)] * self.cell.model.num_layers,
             [counts] * self.cell.mesh.num_micro_batches if sampling else None,
+            self._abstract(self.slots_shape, np.int32),
         )
 
     def inputs(self, kind: Literal["prefill", "decode"]) -> jax.ShapeDtypeStruct | None:
@@ -77,6 +83,20 @@ class AbstractCell:
             return None
         layout = StepLayout.of(self.cell, kind)
         return self._abstract((self.cell.mesh.num_micro_batches, layout.num_rows, layout.width), np.int32)
+
+    def results(self, key: Key) -> tuple[DeviceState, Emitted | None, Any, Any]:
+        """What a program returns: state, what it emits, fault, dropped rows."""
+        kind, sampling = key
+        fault, dropped = self._abstract((2,), np.int32), self._abstract((), np.int32)
+        if self.role == "expert":
+            return self.state(sampling), None, fault, dropped
+        num_steps = self.cell.num_steps if kind == "decode" else 1
+        shape = (num_steps, self.cell.mesh.num_micro_batches, StepLayout.of(self.cell, kind).num_rows)
+        emitted = Emitted(self._abstract(shape, np.int32))
+        if sampling:
+            top, real = (*shape, self.cell.num_top_logprobs), np.float32
+            emitted = Emitted(emitted.tokens, *map(self._abstract, (shape, top, top), (real, np.int32, real)))
+        return self.state(sampling), emitted, fault, dropped
 
     def _abstract(self, shape: tuple[int, ...], dtype) -> Any:
         sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
@@ -109,6 +129,7 @@ def lower_program(cell: CellConfig, mesh: Mesh, role: Role, key: Key) -> jax.sta
     kind, sampling = key
     abstract = AbstractCell(cell, mesh, role)
     program = on_each_device(CellProgram(cell, kind, sampling, role), mesh)
-    return jax.jit(program, donate_argnums=(2,)).lower(
+    # keep_unused: its arguments are those of AbstractCell, so that a compiled program can come back from disk alone.
+    return jax.jit(program, donate_argnums=(2,), keep_unused=True).lower(
         *abstract.params(), abstract.state(sampling), abstract.inputs(kind)
     )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jmoe.sampling import SamplingRows
-from jmoe.step_inputs import FLOAT_COLUMNS, StepLayout
+from jmoe.step_inputs import FLOAT_COLUMNS, OWN_TOKEN, StepLayout
 
 
 @jax.tree_util.register_dataclass
@@ -63,15 +63,35 @@ class Rows:
         """[rows] int32: output tokens so far, which is also the index of the one sampled now."""
         return self.start_pos + self.num_tokens - self.num_prompt
 
+    def following(self, token_ids: jax.Array) -> jax.Array:
+        """[rows] int32: the sampled token, or -1 where it stops the row, uses up its budget or is none."""
+        stopped = (token_ids[:, None] == self.stop_ids).any(axis=-1)
+        return jnp.where(self.emits & ~stopped & (self.remaining > 1), token_ids, -1)
+
     def advance(self, token_ids: jax.Array) -> "Rows":
         """The next decode step: the sampled token becomes the input; a stop token or an empty budget idles the row."""
-        stopped = (token_ids[:, None] == self.stop_ids).any(axis=-1)
-        remaining = self.remaining - self.emits
-        runs_on = self.emits & ~stopped & (remaining > 0)
+        following = self.following(token_ids)
         return dataclasses.replace(
             self,
-            token_ids=jnp.where(runs_on, token_ids, 0)[:, None],
+            token_ids=jnp.maximum(following, 0)[:, None],
             start_pos=self.start_pos + self.num_tokens,
-            num_tokens=runs_on.astype(jnp.int32),
-            remaining=remaining,
+            num_tokens=(following >= 0).astype(jnp.int32),
+            remaining=self.remaining - self.emits,
         )
+
+    def resume(self, next_ids: jax.Array) -> "Rows":
+        """Decode rows with what their slots fed next `[rows]` int32 in place of OWN_TOKEN; an ended slot idles."""
+        own = self.token_ids[:, 0] == OWN_TOKEN
+        token_ids = jnp.where(own, next_ids, self.token_ids[:, 0])
+        return dataclasses.replace(
+            self, token_ids=jnp.maximum(token_ids, 0)[:, None], num_tokens=jnp.where(token_ids < 0, 0, self.num_tokens)
+        )
+
+    def next_ids(self, before: jax.Array, started: jax.Array) -> jax.Array:
+        """[rows] int32: what each slot feeds next after decode steps that began with rows `started` [rows] bool."""
+        return jnp.where(started, jnp.where(self.num_tokens > 0, self.token_ids[:, 0], -1), before)
+
+    def first_ids(self, before: jax.Array, token_ids: jax.Array) -> jax.Array:
+        """[slots] int32: `before`, with the tokens `[rows]` that a prefill call sampled, in their slots."""
+        following = jnp.where(self.emits, self.following(token_ids), before[self.slot])
+        return before.at[self.slot].set(following)

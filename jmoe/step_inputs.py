@@ -5,6 +5,7 @@ One array means one transfer a device: `[M, m, rows, width]`, a row per decode s
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import numpy as np
@@ -31,6 +32,8 @@ FLOAT_COLUMNS = (
     "frequency_penalty",  # 0 = off
 )
 
+OWN_TOKEN = -1  # in `token_ids` of a decode row: the token that its slot made in the call before, still on device
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepLayout:
@@ -49,18 +52,23 @@ class StepLayout:
 
     @property
     def columns(self) -> dict[str, slice]:
-        """Name -> slice of the last axis; single columns are slices of length 1."""
-        sizes = dict.fromkeys(INT_COLUMNS + FLOAT_COLUMNS, 1)
-        sizes |= {"token_ids": self.num_tokens, "stop_ids": self.num_stop_ids, "page_table": self.num_pages}
-        columns, start = {}, 0
-        for name, size in sizes.items():
-            columns[name] = slice(start, start + size)
-            start += size
-        return columns
+        """Name -> slice of the last axis; single columns are slices of length 1. Not to be changed."""
+        return _columns(self)
 
     @property
     def width(self) -> int:
         return max(s.stop for s in self.columns.values())
+
+
+@functools.cache
+def _columns(layout: StepLayout) -> dict[str, slice]:
+    sizes = dict.fromkeys(INT_COLUMNS + FLOAT_COLUMNS, 1)
+    sizes |= {"token_ids": layout.num_tokens, "stop_ids": layout.num_stop_ids, "page_table": layout.num_pages}
+    columns, start = {}, 0
+    for name, size in sizes.items():
+        columns[name] = slice(start, start + size)
+        start += size
+    return columns
 
 
 class StepInputs:

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 
 logger = logging.getLogger(__name__)
-_CHOSEN: dict[str, str] = {}
 
 
 @functools.cache
@@ -24,16 +23,10 @@ def by_platform(op: str, pallas: Callable[..., Any], xla: Callable[..., Any], *a
 
     A program that is compiled for a GPU that isn't there takes "xla"; name "pallas" for the other.
     """
-    _CHOSEN[op] = "pallas" if has_hopper() else "xla"
-    _say_once(op, _CHOSEN[op])
+    _say_once(op, "pallas" if has_hopper() else "xla")
     if not has_hopper():
         return xla(*arguments)
     return jax.lax.platform_dependent(*arguments, cuda=pallas, default=xla)
-
-
-def last_choice(op: str) -> str:
-    """The form of an op that `by_platform` traced last in this process; "xla" if it was never asked."""
-    return _CHOSEN.get(op, "xla")
 
 
 @functools.cache

@@ -45,9 +45,10 @@ class Engine:
         self.cell = executor.cell
         self.config = config or EngineConfig()
         self.tokenizer = tokenizer
-        self.scheduler = Scheduler(self.cell, self.config.max_prefill_streak)
+        self.scheduler = Scheduler(self.cell, self.config.prefill_streak(self.cell))
         self.failure: CellFailedError | None = None
         self._batch = StepBatch(self.cell)
+        self._in_flight: deque[Call] = deque()
         self._on_failure = on_failure
         self._thread = threading.Thread(target=self._loop, name="jmoe-engine", daemon=True)
         # The lock guards what other threads touch: streams, inbox, state. It is never held in a callback or a call.
@@ -145,7 +146,7 @@ class Engine:
             allocators = self.scheduler.slots.allocators
             return {
                 "waiting": self._num_waiting(),
-                "running": len(self.scheduler.running),
+                "running": len(self.scheduler.running) + len(self.scheduler.ending),
                 "free_slots": self.cell.num_slots - len(self.scheduler.running),
                 "free_pages": sum(allocator.num_free for allocator in allocators),
                 "used_pages": sum(allocator.num_used for allocator in allocators),
@@ -159,26 +160,43 @@ class Engine:
     # ---- the engine's thread
 
     def step(self) -> bool:
-        """Runs one call: schedule, fill, run, update. False if there was nothing to do."""
+        """Starts one call behind those in flight; where that fills the line, takes in the oldest one's tokens.
+
+        So all that the host does (admission, scheduling, text, callbacks) goes on while the device runs a call.
+
+        Returns:
+          False if there was nothing to do.
+        """
         self._take_inbox()
         call = self.scheduler.schedule()
-        if call is None:
+        if call is not None:
+            self.executor.submit(ProgramKey(call.kind, call.sampling), self._batch.fill(call))
+            self._in_flight.append(call)
+        elif not self._in_flight:
             if self.scheduler.waiting or self.scheduler.running:
                 raise RuntimeError(f"the scheduler found no call for {self.stats()}")
             return False
-        inputs = self._batch.fill(call)
-        outputs = self.executor.run(ProgramKey(call.kind, call.sampling), inputs)
+        if call is None or len(self._in_flight) == self.config.max_calls_in_flight:
+            self._take_outputs()
+        return True
+
+    def _take_outputs(self) -> None:
+        """Waits for the oldest call in flight and hands its tokens out."""
+        outputs = self.executor.collect()
+        call = self._in_flight.popleft()
         self._take_inbox()  # an abort that came during the call wins over its tokens
         self._count(call, outputs)
         for progress in self.scheduler.update(call, outputs.tokens):
             self._hand_out(progress, call, outputs)
-        return True
 
     def _loop(self) -> None:
         try:
             while self._state != "closed":
                 if not self.step() and not self._wait_for_inbox():
                     self.executor.check()
+            while self._in_flight:  # whoever closes the executor next finds it idle
+                self._in_flight.popleft()
+                self.executor.collect()
         except BaseException as e:  # whatever it is, no request may wait for a thread that is gone
             self._fail(e)
         self._end_all(EngineClosedError("the engine was closed"))

@@ -11,7 +11,7 @@ import grpc.aio
 from jmoe.serving.errors import CellFailedError, EngineClosedError, JmoeError, QueueFullError
 from jmoe.serving.grpc_config import GrpcConfig
 from jmoe.serving.grpc_messages import chunk_message, failure_details, model_info, params_of, prompt_of
-from jmoe.serving.output_buffer import OutputBuffer
+from jmoe.serving.output_buffer import OutputBuffer, Wakeups
 from jmoe.serving.protos import jmoe_pb2 as pb
 from jmoe.serving.protos import jmoe_pb2_grpc
 from jmoe.serving.requests import RequestOutput
@@ -33,6 +33,7 @@ class GenerationService(jmoe_pb2_grpc.GenerationServicer):
         self.state: Literal["loading", "serving", "draining", "failed"] = "loading"
         self._config = config
         self._server: Server | None = None
+        self._wakeups: Wakeups | None = None
 
     def attach(self, server: Server) -> None:
         """Begins to serve."""
@@ -42,9 +43,8 @@ class GenerationService(jmoe_pb2_grpc.GenerationServicer):
         """Streams one request's output; see the .proto for statuses."""
         server = await self._ready(context)
         request_id = request.request_id or f"req-{secrets.token_hex(8)}"
-        buffer = OutputBuffer(
-            asyncio.get_running_loop(), self._config.max_buffered_outputs, lambda: server.abort(request_id)
-        )
+        self._wakeups = self._wakeups or Wakeups(asyncio.get_running_loop())
+        buffer = OutputBuffer(self._wakeups, self._config.max_buffered_outputs, lambda: server.abort(request_id))
         try:
             if not _REQUEST_ID.match(request_id):
                 raise ValueError(f"request_id: expected 1 to 128 of A-Z a-z 0-9 . _ : -, got {request_id!r:.160}")

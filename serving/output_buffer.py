@@ -7,18 +7,43 @@ from collections.abc import Callable
 from jmoe.serving.requests import RequestOutput
 
 
+class Wakeups:
+    """Sets events of one loop from another thread, all of a call's by one wake-up.
+
+    A wake-up is a system call, in which the other thread takes Python's lock: with one for each of 128 outputs the
+    engine lost 5 % of its time (27.6 ms a call, two cores).
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = loop
+        self._events: collections.deque[asyncio.Event] = collections.deque()
+        self._is_woken = False
+
+    def set(self, event: asyncio.Event) -> None:
+        """Sets an event soon, from any thread."""
+        self._events.append(event)
+        if not self._is_woken and not self._loop.is_closed():
+            self._is_woken = True
+            self._loop.call_soon_threadsafe(self._set_all)
+
+    def _set_all(self) -> None:
+        self._is_woken = False  # first: whoever appends from here on wakes the loop again
+        while self._events:
+            self._events.popleft().set()
+
+
 class OutputBuffer:
     """Outputs of one request that its client has not taken yet.
 
     Args:
-      loop: of the coroutine that takes.
+      wakeups: of the loop of the coroutine that takes.
       max_outputs: how many may wait; one more aborts the request.
       abort: ends the request; called in either thread.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, max_outputs: int, abort: Callable[[], object]):
+    def __init__(self, wakeups: Wakeups, max_outputs: int, abort: Callable[[], object]):
         self.overflowed = False
-        self._loop = loop
+        self._wakeups = wakeups
         self._max_outputs = max_outputs
         self._abort = abort
         self._outputs: collections.deque[RequestOutput] = collections.deque()
@@ -32,8 +57,7 @@ class OutputBuffer:
             self.give_up()
         else:
             self._outputs.append(output)
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._event.set)
+        self._wakeups.set(self._event)
 
     def give_up(self) -> None:
         """Aborts the request: the client is too far behind, and gets no more of it."""

@@ -146,7 +146,8 @@ class Request:
       arrival: order of submission; the lowest is served first and preempted last.
       slot: its place while running, else None.
       page_ids: KV pages it holds, in order of position.
-      num_computed: positions whose keys and values those pages hold.
+      num_computed: positions whose keys and values those pages hold once the calls in flight have returned.
+      num_in_flight: tokens that the calls in flight bring unless a stop token comes first.
       prefill_len: tokens to compute before decode can go on: the prompt, and the output so far after a preemption.
       num_admissions: how many times it got a slot.
     """
@@ -164,6 +165,7 @@ class Request:
     slot: Slot | None = None
     page_ids: list[int] = dataclasses.field(default_factory=list)
     num_computed: int = 0
+    num_in_flight: int = 0
     prefill_len: int = 0
     num_admissions: int = 0
 
@@ -173,13 +175,13 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output so far."""
+        """Prompt and output so far, without what is in flight."""
         return len(self.prompt_ids) + len(self.output_ids)
 
     @property
     def remaining(self) -> int:
-        """Tokens that may still be generated."""
-        return self.max_tokens - len(self.output_ids)
+        """Tokens that may still be asked for, beside those in flight."""
+        return self.max_tokens - len(self.output_ids) - self.num_in_flight
 
     @property
     def is_prefilling(self) -> bool:

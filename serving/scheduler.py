@@ -4,6 +4,11 @@ A request waits, gets a slot with pages for all its known tokens, is prefilled c
 ends. Admission is strictly first come, first served, so nobody starves. When a replica runs out of pages its latest
 arrival gives its own back and returns to the queue, where its place is still before all that came after it; later its
 prompt and output so far are computed again, and the output goes on as if nothing had happened.
+
+Several calls may be in flight: `schedule` plans the next one as if those in flight emit all that they may, and `update`
+brings their tokens later, oldest first. A row that a stop token ends meanwhile idles on device until its end is known
+here. The device runs calls in the order in which they were scheduled, each on the state that the one before left, so
+slots and pages given back here are free at once: whoever gets them next writes to them in a later call.
 """
 
 import bisect
@@ -25,6 +30,8 @@ class Work(NamedTuple):
     slot: Slot
     num_tokens: int  # tokens fed: a chunk in prefill, 1 in decode
     num_samples: int  # tokens that come back unless a stop token ends it: 0 or 1 in prefill, up to num_steps in decode
+    start_pos: int  # position of the first token fed
+    remaining: int  # tokens that may still be generated, those of this call included
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,12 +76,12 @@ class Scheduler:
         self.slots = Slots(cell)
         self.waiting: deque[Request] = deque()  # in order of arrival
         self.running: dict[str, Request] = {}
+        self.ending: dict[str, Request] = {}  # without a slot: their last tokens are in flight
         self.num_preemptions = 0
         self._max_prefill_streak = max_prefill_streak
         self._prefill_streak = 0
         self._num_arrivals = 0
-        self._in_flight: Call | None = None
-        self._ended_in_flight: list[Request] = []
+        self._in_flight: deque[Call] = deque()
 
     def add(self, request: Request) -> None:
         """Puts a new request at the end of the queue.
@@ -94,57 +101,49 @@ class Scheduler:
         self.waiting.append(request)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
-        """Ends a request in any state. Its pages are free at once, or when the call that uses them returns."""
+        """Ends a request in any state and frees its slot and pages; what is in flight for it is dropped later."""
         if request.state is RequestState.FINISHED:
             return
         if request.state is RequestState.WAITING:
             self.waiting.remove(request)
-        elif self._in_flight and any(work.request is request for work in self._in_flight.work):
-            self._ended_in_flight.append(request)
-        else:
+        elif request.slot is not None:
             self._leave(request)
+        self.ending.pop(request.id, None)
         request.state = RequestState.FINISHED
         request.finish_reason = reason
 
     def schedule(self) -> Call | None:
-        """Chooses the next call and takes the pages that it needs; None if there is nothing to do.
-
-        Raises:
-          RuntimeError: the call before has not been handed to `update`.
-        """
-        if self._in_flight is not None:
-            raise RuntimeError("Scheduler.schedule: expected the call in flight to be updated first, got a second call")
+        """Chooses the next call and takes the pages that it needs; None if there is nothing to do (yet)."""
+        self._release_ending()
         self._admit()
         prefill = self._prefill_work()
         decode_turn = not prefill or self._prefill_streak >= self._max_prefill_streak
         decode = self._decode_work() if decode_turn else ()
         if decode:
             self._prefill_streak = 0
-            self._in_flight = Call("decode", decode)
-        elif prefill := self._prefill_work() if decode_turn else prefill:  # decode may have preempted some of it
+            return self._plan(Call("decode", decode))
+        if prefill := self._prefill_work() if decode_turn else prefill:  # decode may have preempted some of it
             self._prefill_streak += 1
-            self._in_flight = Call("prefill", prefill)
-        return self._in_flight
+            return self._plan(Call("prefill", prefill))
+        return None
 
     def update(self, call: Call, tokens: np.ndarray) -> list[Progress]:
         """Takes a call's tokens, ends the requests that are done and returns what is new.
 
         Args:
-          call: the one that `schedule` returned last.
+          call: the oldest one that `schedule` returned and that has not been here.
           tokens: `StepOutputs.tokens`, [num_steps, M, m, rows] int32, -1 where nothing was emitted.
 
         Raises:
           RuntimeError: another call, or tokens that the call can't have produced.
         """
-        if call is not self._in_flight:
-            raise RuntimeError("Scheduler.update: expected the call in flight, got another one")
+        if not self._in_flight or call is not self._in_flight[0]:
+            raise RuntimeError("Scheduler.update: expected the oldest call in flight, got another one")
         columns = self._columns(call, tokens)
-        self._in_flight = None
-        for request in self._ended_in_flight:
-            self._leave(request)
-        self._ended_in_flight.clear()
+        self._in_flight.popleft()
         progress = []
         for i, (work, column) in enumerate(zip(call.work, columns, strict=True)):
+            work.request.num_in_flight -= work.num_samples
             if work.request.state is not RequestState.FINISHED and (new := self._advance(call, work, column)):
                 progress.append(Progress(work.request, new, i))
         return progress
@@ -169,19 +168,44 @@ class Scheduler:
                     f"{len(request.page_ids)} pages and {request.num_computed} computed positions"
                 )
         for request in self.running.values():
-            if request.state is RequestState.FINISHED and request in self._ended_in_flight:
-                continue
-            expected = request.num_computed if request.is_prefilling else request.num_tokens - 1
+            known = request.num_tokens + request.num_in_flight
+            expected = request.num_computed if request.is_prefilling else known - 1
             if request.state is not RequestState.RUNNING or request.num_computed != expected:
                 raise RuntimeError(
                     f"request {request.id}: runs in state {request.state.value} with {request.num_computed} of "
-                    f"{request.num_tokens} positions computed, {request.prefill_len} by prefill"
+                    f"{known} positions computed, {request.prefill_len} by prefill"
+                )
+        for request in self.ending.values():
+            if request.state is not RequestState.RUNNING or request.slot or request.page_ids or request.remaining:
+                raise RuntimeError(
+                    f"request {request.id}: ends in state {request.state.value} with slot {request.slot}, "
+                    f"{len(request.page_ids)} pages and {request.remaining} tokens to come"
                 )
 
+    def _plan(self, call: Call) -> Call:
+        """Books a call as if it emitted all that it may: the next one is planned before its tokens are known."""
+        for work in call.work:
+            work.request.num_computed += work.num_tokens if call.kind == "prefill" else work.num_samples
+            work.request.num_in_flight += work.num_samples
+        self._in_flight.append(call)
+        return call
+
+    def _release_ending(self) -> None:
+        """Frees the slots of requests whose last token is in flight, so that others are admitted meanwhile."""
+        for request in [r for r in self.running.values() if r.remaining == 0]:
+            self._leave(request)
+            self.ending[request.id] = request
+
     def _admit(self) -> None:
-        """Moves requests from the head of the queue into slots, with pages for all tokens known so far."""
-        while self.waiting and (lane := self.slots.best_lane(self.waiting[0].num_tokens)):
-            request = self.waiting.popleft()
+        """Moves requests from the head of the queue into slots, with pages for all tokens known so far.
+
+        One that was preempted in flight waits for its last tokens first: they are computed again with the others.
+        """
+        while self.waiting and self.waiting[0].num_in_flight == 0:
+            request = self.waiting[0]
+            if (lane := self.slots.best_lane(request.num_tokens)) is None:
+                return
+            self.waiting.popleft()
             self.slots.bind(request, lane)
             self.slots.grow(request, request.num_tokens)
             request.state = RequestState.RUNNING
@@ -197,7 +221,9 @@ class Scheduler:
                 request = min(prefilling, key=_arrival)
                 left = request.prefill_len - request.num_computed
                 num_tokens = min(left, self.cell.chunk_len)
-                works.append(Work(request, _slot(request), num_tokens, int(num_tokens == left)))
+                samples = int(num_tokens == left)
+                place = (request.num_computed, request.remaining)
+                works.append(Work(request, _slot(request), num_tokens, samples, *place))
         return tuple(works)
 
     def _decode_work(self) -> tuple[Work, ...]:
@@ -208,7 +234,7 @@ class Scheduler:
             if request.slot is not None:
                 num_samples = min(self.cell.num_steps, request.remaining)
                 if self._make_room(request, request.num_computed + num_samples):
-                    works.append(Work(request, request.slot, 1, num_samples))
+                    works.append(Work(request, request.slot, 1, num_samples, request.num_computed, request.remaining))
         return tuple(works)
 
     def _make_room(self, request: Request, num_positions: int) -> bool:
@@ -257,9 +283,8 @@ class Scheduler:
                 f"request {request.id} in slot {tuple(work.slot)}: expected {work.num_samples} tokens from "
                 f"{call.kind}, or fewer up to a stop token, got {column}"
             )
-        request.num_computed += work.num_tokens if call.kind == "prefill" else len(new)
         request.output_ids.extend(new)
-        if stops or (new and request.remaining == 0):
+        if stops or len(request.output_ids) == request.max_tokens:
             self.finish(request, FinishReason.STOP if stops else FinishReason.LENGTH)
         return new
 

@@ -235,22 +235,24 @@ def serve(
     progress: Callable[[str], None] | None = None,
     sizes: CellSizes | None = None,
     processes: ProcessOptions | None = None,
+    compile_cache: str = "auto",
+    max_prefill_tokens: int | None = None,
     **size_options: Any,
 ) -> Server:
     """Serves a model with attention on one mesh and experts on another, or both on the same devices.
 
     Args:
       model: a Hugging Face checkpoint folder, or a live `jmoe.models.model.Model`.
-      mesh_cfg: devices of each role and micro-batches, or `MeshConfig.colocate(N)` for both roles on each of N; None is
-        the latter on a host with one GPU, else one attention and one expert device.
-      executor: "inline" runs both roles in this process, "processes" starts a worker for each; "auto" takes
-        "processes" on GPUs.
+      mesh_cfg: devices of each role and micro-batches, or `MeshConfig.colocate(N)`; None is the latter on a host
+        with one GPU, else one attention and one expert device.
+      executor: "inline" (both roles in this process), "processes" (a worker for each), or "auto": the latter on GPUs.
       tokenizer: of a live model, or its folder; a checkpoint brings its own.
       programs: which to compile now, rather than at their first use: "greedy", "all" (sampling too) or "none".
-      max_waiting: requests that may wait for a slot.
+      max_waiting, max_prefill_tokens: bounds of the queue, and of prefill between two decode calls (`EngineConfig`).
       progress: gets a line for each step of starting up.
-      sizes: shapes of the programs, or single ones by name: `rows=8, max_len=4096` (see `CellSizes`).
-      processes: where the workers of "processes" are, and how long each thing may take (see `ProcessOptions`).
+      sizes: shapes of the programs (`CellSizes`), or single ones by name: `rows=8, max_len=4096`.
+      processes: where the workers are, and how long each thing may take (see `ProcessOptions`).
+      compile_cache: where compiled programs are kept: "auto" ($JMOE_CACHE/compiled), "off" or a folder of this user.
 
     Returns:
       The running server.
@@ -272,10 +274,10 @@ def serve(
     cell = (sizes or CellSizes(**size_options)).resolve(config, mesh_cfg or default_mesh())
     forms = {"greedy": (False,), "all": (False, True), "none": ()}[programs]
     keys = [ProgramKey(kind, form) for form in forms for kind in ("prefill", "decode")]
-    running = create_executor(model, cell, executor, say, keys, processes)
+    running = create_executor(model, cell, executor, say, keys, processes, compile_cache)
     try:
         name = pathlib.Path(model).resolve().name if isinstance(model, str | pathlib.Path) else config.family
-        return Server(running, tokenizer=text, engine_config=EngineConfig(max_waiting=max_waiting), name=name)
+        return Server(running, tokenizer=text, engine_config=EngineConfig(max_waiting, max_prefill_tokens), name=name)
     except BaseException:
         running.close()
         raise

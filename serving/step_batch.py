@@ -5,7 +5,7 @@ import numpy as np
 from jmoe.cell_config import CellConfig
 from jmoe.serving.requests import Request
 from jmoe.serving.scheduler import Call
-from jmoe.step_inputs import StepInputs
+from jmoe.step_inputs import OWN_TOKEN, StepInputs
 
 # Columns that stay as they are while a request keeps its slot.
 _PARAMS = ("top_k", "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -15,7 +15,8 @@ _FIXED = ("num_prompt", "seed", *_PARAMS)
 class StepBatch:
     """A host copy of every slot's fixed columns and page table, so that a call of 1024 slots fills in about 3 ms.
 
-    A slot is written when its request first appears in a call, and its page table when the request has new pages.
+    A slot is written when its request first appears in a call, and its page table when the request has new pages. A
+    call is filled right after `Scheduler.schedule` made it: planning the next one may take pages back.
     """
 
     def __init__(self, cell: CellConfig):
@@ -43,16 +44,15 @@ class StepBatch:
         return inputs
 
     def _fill_decode(self, inputs: StepInputs, call: Call) -> None:
-        """Rows without a request keep num_tokens 0 and the idle page."""
+        """Rows without a request keep num_tokens 0 and the idle page. Each slot feeds the token that it made last."""
         index = call.index()
-        requests = [work.request for work in call.work]
         inputs.array[index] = self._slots.array[index]
         inputs["slot"][...] = np.arange(self.cell.rows)
         inputs["num_tokens"][index] = 1
         inputs["sample"][index] = 1
-        inputs["token_ids"][(*index, 0)] = [request.output_ids[-1] for request in requests]
-        inputs["start_pos"][index] = [request.num_computed for request in requests]
-        inputs["remaining"][index] = [request.remaining for request in requests]
+        inputs["token_ids"][(*index, 0)] = OWN_TOKEN
+        inputs["start_pos"][index] = [work.start_pos for work in call.work]
+        inputs["remaining"][index] = [work.remaining for work in call.work]
 
     def _fill_prefill(self, inputs: StepInputs, call: Call) -> None:
         """One row a lane: the chunk's tokens, and the fixed columns of the request's decode slot."""
@@ -62,12 +62,12 @@ class StepBatch:
             inputs[name][index] = self._columns[name][slots]
         inputs["slot"][index] = slots[2]
         for place, work in zip(zip(*index, strict=True), call.work, strict=True):
-            request, start = work.request, work.request.num_computed
+            request, start = work.request, work.start_pos
             inputs["token_ids"][place][: work.num_tokens] = request.tokens(start, start + work.num_tokens)
             inputs["num_tokens"][place] = work.num_tokens
             inputs["start_pos"][place] = start
             inputs["sample"][place] = work.num_samples
-            inputs["remaining"][place] = request.remaining
+            inputs["remaining"][place] = work.remaining
             inputs["reset"][place] = int(start == 0)
 
     def _write_slot(self, slot: tuple[int, int, int], request: Request) -> None:

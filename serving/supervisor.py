@@ -7,13 +7,13 @@ and waits for that thread's verdict.
 
 import collections
 import contextlib
-import dataclasses
 import selectors
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from jmoe.serving.command import Command
 from jmoe.serving.deadlines import Deadlines
 from jmoe.serving.errors import CellFailedError, SequenceMismatchError, StepTimeoutError, WorkerDiedError
 from jmoe.serving.wire import WireError, encode
@@ -30,18 +30,6 @@ _ERRORS: dict[str, type[Exception]] = {
 }
 
 
-@dataclasses.dataclass(slots=True)
-class _Call:
-    """The command in flight."""
-
-    number: int
-    kind: str
-    limit_s: float
-    deadline: float
-    replies: dict[int, Any] = dataclasses.field(default_factory=dict)
-    progress: collections.deque[str] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=1000))
-
-
 class Supervisor:
     """The workers of one cell. After any failure, `call` and `check` raise it, and all workers have been ended."""
 
@@ -52,7 +40,7 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._changed = threading.Condition()
         self._call_lock = threading.Lock()
-        self._call: _Call | None = None
+        self._in_flight: collections.deque[Command] = collections.deque()  # not answered by all; guarded by _changed
         self._number = 0
         self._started = False
         self._failure: Exception | None = None  # set last, when all workers have ended
@@ -92,6 +80,10 @@ class Supervisor:
         Raises:
           CellFailedError (or the ValueError or FileNotFoundError that a worker reported): the cell has failed.
         """
+        return self.wait_for(self.submit(kind, payloads, limit_s), progress)
+
+    def submit(self, kind: str, payloads: Sequence[dict[str, Any]], limit_s: float) -> Command:
+        """Sends one command to all workers, behind those in flight, and does not wait; see `call`."""
         with self._call_lock:
             self.check()
             self._number += 1
@@ -99,34 +91,40 @@ class Supervisor:
             for payload in payloads:
                 if id(payload) not in frames:
                     frames[id(payload)] = encode({"number": self._number, "kind": kind, **payload})
-            call = _Call(self._number, kind, limit_s, time.monotonic() + limit_s)
-            self._call = call
+            command = Command(self._number, kind, limit_s)
+            with self._changed:
+                self._in_flight.append(command)
+                self._start_clock()
             for worker, payload in zip(self._workers, payloads, strict=True):
                 assert worker.channel is not None
                 with contextlib.suppress(OSError):  # the owning thread sees it too and gives the verdict
                     worker.channel.send_frame(frames[id(payload)])
-            return self._wait_for(call, progress)
+            return command
 
-    def _wait_for(self, call: _Call, progress: Callable[[str], None] | None) -> list[Any]:
-        backstop = call.deadline + self.deadlines.grace_s + 10  # the owning thread is late or gone
+    def _start_clock(self) -> None:
+        """The oldest command's deadline begins now, unless it has one."""
+        if self._in_flight and self._in_flight[0].deadline is None:
+            self._in_flight[0].deadline = time.monotonic() + self._in_flight[0].limit_s
+
+    def wait_for(self, command: Command, progress: Callable[[str], None] | None = None) -> list[Any]:
+        """Waits for all answers to a command that was submitted; see `call`."""
+        late_s = self.deadlines.grace_s + 10  # past its deadline: the owning thread is late or gone
         while True:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._failure or len(call.replies) == len(self._workers) or (progress and call.progress),
-                    max(0.0, backstop - time.monotonic()),
+                    lambda: self._failure or command.done or (progress and command.progress),
+                    late_s if command.deadline is None else max(0.0, command.deadline + late_s - time.monotonic()),
                 )
-                lines = [call.progress.popleft() for _ in range(len(call.progress))]
-                done = len(call.replies) == len(self._workers)
-                if done:
-                    self._call = None
+                lines = [command.progress.popleft() for _ in range(len(command.progress))]
+                done = command.done
             for line in lines:
                 if progress:
                     progress(line)
             self.check()
             if done:
-                return [call.replies[worker.place.index] for worker in self._workers]
-            if time.monotonic() >= backstop:
-                raise CellFailedError(f"{call.kind}: no verdict {backstop - call.deadline:.0f} s past its deadline")
+                return [command.replies[worker.place.index] for worker in self._workers]
+            if command.deadline is not None and time.monotonic() >= command.deadline + late_s:
+                raise CellFailedError(f"{command.kind}: no verdict {late_s:.0f} s past its deadline")
 
     def check(self) -> None:
         """Raises the cell's failure, if it has failed or was closed."""
@@ -199,10 +197,10 @@ class Supervisor:
         now = time.monotonic()
         if now - before > _STALL_S:
             return
-        call = self._call
-        if call and now > call.deadline and len(call.replies) < len(self._workers):
-            raise self._lateness_of(call, now)
-        starting = call is not None and call.kind != "run"
+        command = next(iter(self._in_flight), None)
+        if command and command.deadline and now > command.deadline:
+            raise self._lateness_of(command, now)
+        starting = command is not None and command.kind != "run"
         limit_s = self.deadlines.busy_heartbeat_s if starting else self.deadlines.heartbeat_s
         for worker in self._workers:
             if now - worker.last_seen > limit_s:
@@ -224,27 +222,31 @@ class Supervisor:
                 self._take(worker, message)
 
     def _take(self, worker: Worker, message: dict[str, Any]) -> None:
-        """Books an answer or a progress line under the command in flight."""
-        call, index, kind = self._call, worker.place.index, message.get("kind")
-        number = message.get("number")
-        if call is None or number != call.number or index in call.replies:
-            expected = "none" if call is None or index in call.replies else call.number
+        """Books a progress line, or an answer under the oldest command that this worker has not answered."""
+        index, kind, number = worker.place.index, message.get("kind"), message.get("number")
+        open_commands = [c for c in tuple(self._in_flight) if index not in c.replies]
+        command = next((c for c in open_commands if c.number == number), None)
+        if command is None or (kind != "progress" and command is not open_commands[0]):
+            expected = open_commands[0].number if open_commands else "none"
             raise SequenceMismatchError(f"{worker.place.name}: answer to command {number!r}, expected {expected}")
         if kind == "failed":
-            raise self._reported(worker, call, message)
+            raise self._reported(worker, command, message)
         if kind not in ("done", "progress"):
             raise WireError(f"{worker.place.name}: expected an answer or progress, got kind {str(kind)[:40]!r}")
         with self._changed:
-            if kind == "done":
-                call.replies[index] = message.get("value")
+            if kind == "progress":
+                command.progress.append(f"{worker.place.name}: {message.get('text')}")
             else:
-                call.progress.append(f"{worker.place.name}: {message.get('text')}")
-            if kind == "progress" or len(call.replies) == len(self._workers):
-                self._changed.notify_all()
+                command.replies[index] = message.get("value")
+                command.done = len(command.replies) == len(self._workers)
+                if command.done:  # the oldest of all: every worker answers in order
+                    self._in_flight.popleft()
+                    self._start_clock()
+            self._changed.notify_all()
 
     # What is said about a failure.
 
-    def _reported(self, worker: Worker, call: _Call, message: dict[str, Any]) -> Exception:
+    def _reported(self, worker: Worker, command: Command, message: dict[str, Any]) -> Exception:
         """The error that a worker reports, unless a peer's death explains it."""
         name, text = str(message.get("error")), str(message.get("text"))
         if name in _ERRORS:
@@ -253,7 +255,7 @@ class Supervisor:
         for other in self._workers:
             if other is not worker and other.process and not other.process.alive:
                 return self._death_of(other)
-        return CellFailedError(f"{worker.place.name}: {call.kind} failed: {name}: {text}")
+        return CellFailedError(f"{worker.place.name}: {command.kind} failed: {name}: {text}")
 
     def _death_of(self, worker: Worker, when: str = "") -> Exception:
         """The death of a worker, or of the peer that took it along (JAX aborts when its coordinator is gone)."""
@@ -264,17 +266,19 @@ class Supervisor:
         how = first.process.describe_exit() if dead and first.process else "closed its connection"
         return WorkerDiedError(" ".join(filter(None, (first.place.name, how, when))) + first.last_lines())
 
-    def _lateness_of(self, call: _Call, now: float) -> Exception:
-        late = [worker for worker in self._workers if worker.place.index not in call.replies]
+    def _lateness_of(self, command: Command, now: float) -> Exception:
+        late = [worker for worker in self._workers if worker.place.index not in command.replies]
         names = ", ".join(f"{w.place.name}, last heartbeat {now - w.last_seen:.1f} s ago" for w in late)
-        return StepTimeoutError(f"{call.kind}: no answer within {call.limit_s:g} s from {names}{late[0].last_lines()}")
+        return StepTimeoutError(
+            f"{command.kind}: no answer within {command.limit_s:g} s from {names}{late[0].last_lines()}"
+        )
 
     # The end.
 
     def _leave(self) -> None:
         """Closed by the caller: a stop command if the cell is idle; a call in flight fails."""
-        if self._call is not None:
-            raise CellFailedError(f"{self._call.kind}: the cell was closed during the call")
+        if self._in_flight:
+            raise CellFailedError(f"{self._in_flight[0].kind}: the cell was closed during the call")
         frame = encode({"number": self._number + 1, "kind": "stop"})
         for worker in self._workers:
             assert worker.channel is not None

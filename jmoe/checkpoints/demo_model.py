@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from jmoe.cache_folder import cache_folder
 from jmoe.checkpoints.demo_calibration import TEXT, ffn_inputs
-from jmoe.checkpoints.demo_download import DemoModelError, Progress, cache_folder, fetch_demo_gguf
+from jmoe.checkpoints.demo_download import DemoModelError, Progress, fetch_demo_gguf
 from jmoe.checkpoints.demo_gguf import DenseGguf
 from jmoe.checkpoints.demo_moe import LazyArray, attention_arrays, balanced_routers, expert_arrays, moe_config
 from jmoe.checkpoints.demo_tokenizer import build_tokenizer, write_tokenizer

@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from jmoe.serving.commands.options import add_sampling_options, sampling_params
+from jmoe.serving.commands.options import add_compile_cache_option, add_sampling_options, sampling_params
 from jmoe.serving.commands.print_stream import print_stream
 from jmoe.serving.progress import Progress
 from jmoe.serving.server import serve
@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `jmoe demo` to a parser."""
     parser.add_argument("prompt", nargs="?", default=QUESTION, metavar="PROMPT", help=f"default: {QUESTION!r}")
     add_sampling_options(parser, max_tokens=100)
+    add_compile_cache_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,7 +32,15 @@ def run(args: argparse.Namespace) -> int:
     programs = "all" if params.needs_sampling else "greedy"
     with Progress() as progress:
         model = ensure_demo_model(progress.report)
-        with serve(model, _MESH, executor="inline", programs=programs, progress=progress, sizes=_SIZES) as server:
+        with serve(
+            model,
+            _MESH,
+            executor="inline",
+            programs=programs,
+            progress=progress,
+            sizes=_SIZES,
+            compile_cache=args.compile_cache,
+        ) as server:
             progress.close()
             with server.stream([{"role": "user", "content": args.prompt}], params) as outputs:
                 summary = print_stream(outputs)

@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
                 progress=progress,
                 sizes=sizes,
                 processes=processes,
+                compile_cache=args.compile_cache,
             ) as server,
         ):
             progress.close()

@@ -52,6 +52,15 @@ def add_cell_options(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--executor", choices=("auto", "inline", "processes"), default="auto")
     where.add_argument("--kernels", choices=("auto", "xla", "pallas"), help="of attention and experts (default auto)")
     where.add_argument("--platform", choices=("auto", "cpu", "gpu"), default="auto")
+    add_compile_cache_option(where)
+
+
+def add_compile_cache_option(parser: "argparse._ActionsContainer") -> None:
+    """Adds where compiled programs are kept."""
+    parser.add_argument(
+        "--compile-cache", metavar="DIR|off", default="auto",
+        help="where compiled programs are kept for the next start (default: $JMOE_CACHE/compiled, or the user's cache)",
+    )  # fmt: skip
 
 
 def mesh_config(args: argparse.Namespace) -> MeshConfig | None:
@@ -85,9 +94,7 @@ def _colocated(given: dict[str, int], placement: ExpertPlacement | None) -> Mesh
     if others := given.keys() - {"colocated", "tensor", "num_micro_batches"}:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(others))
         raise ValueError(f"--colocated: expected only --tensor, --micro-batches and --placement beside it, got {names}")
-    return MeshConfig.colocate(
-        given["colocated"], given.get("tensor", 1), given.get("num_micro_batches", 1), placement
-    )
+    return MeshConfig.colocate(given["colocated"], given.get("tensor", 1), given.get("num_micro_batches", 1), placement)
 
 
 def cell_sizes(args: argparse.Namespace, **defaults: Any) -> CellSizes:

@@ -27,6 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--grace-s", type=float, default=30.0, help="for running requests after SIGTERM (default 30)")
     network.add_argument("--max-waiting", type=int, default=256, help="requests that may wait for a slot (default 256)")
     network.add_argument(
+        "--max-prefill-tokens", type=int, metavar="TOKENS",
+        help="prompt tokens that may be computed between two decode calls (default: one prefill call)",
+    )  # fmt: skip
+    network.add_argument(
         "--programs", choices=("all", "greedy", "none"), default="all", help="what to compile before serving"
     )
 
@@ -50,9 +54,11 @@ def run(args: argparse.Namespace) -> int:
                 executor=args.executor,
                 programs=args.programs,
                 max_waiting=args.max_waiting,
+                max_prefill_tokens=args.max_prefill_tokens,
                 progress=progress,
                 sizes=sizes,
                 processes=processes,
+                compile_cache=args.compile_cache,
             )
 
         def say(line: str) -> None:

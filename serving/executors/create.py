@@ -20,6 +20,7 @@ def create_executor(
     progress: Callable[[str], None] = lambda _: None,
     programs: Sequence[ProgramKey] = (),
     processes: ProcessOptions | None = None,
+    compile_cache: str = "off",
 ) -> Executor:
     """Starts an executor, loads the model into it and compiles programs meanwhile.
 
@@ -28,8 +29,9 @@ def create_executor(
       cell: sizes and meshes.
       kind: "processes" (a worker process a role: the default on GPUs), "inline" (this process: the default on CPU).
       progress: gets a line for each stage.
-      programs: compiled while the weights load.
+      programs: found or compiled while the weights load.
       processes: of "processes" alone: where the workers are, and how long each thing may take.
+      compile_cache: where compiled programs are kept: a folder, "auto" (the user's cache folder) or "off".
 
     Raises:
       ValueError: too few devices, sizes that don't fit the model, a checkpoint that does not match, or `processes` for
@@ -46,7 +48,17 @@ def create_executor(
     if kind == "processes":
         from jmoe.serving.executors.processes import ProcessesExecutor
 
-        return ProcessesExecutor(cell, model, processes, platform=platform, programs=programs, progress=progress)
+        return ProcessesExecutor(
+            cell,
+            model,
+            processes,
+            platform=platform,
+            programs=programs,
+            compile_cache=compile_cache,
+            progress=progress,
+        )
     from jmoe.serving.executors.inline import InlineExecutor
 
-    return InlineExecutor(cell, model, platform=platform, programs=programs, progress=progress)
+    return InlineExecutor(
+        cell, model, platform=platform, programs=programs, compile_cache=compile_cache, progress=progress
+    )

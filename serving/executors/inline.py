@@ -2,15 +2,17 @@
 
 import contextlib
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from jmoe.cell_config import CellConfig
-from jmoe.serving.executors.protocol import ProgramKey, compiling_line
+from jmoe.serving.executors.protocol import WAITING_FOR_PROGRAMS, ProgramKey, compiling_line, run
 from jmoe.step_inputs import StepInputs, StepOutputs
 
 if TYPE_CHECKING:
+    from jmoe.cell_runtime import Submitted
     from jmoe.models.model import Model
 
 
@@ -21,7 +23,8 @@ class InlineExecutor:
       cell: sizes and meshes.
       model: a checkpoint folder, or a live model.
       platform: "cpu" makes as many virtual devices as the meshes need, if JAX has not started yet.
-      programs: compiled while the weights load.
+      programs: found or compiled while the weights load.
+      compile_cache: where compiled programs are kept: a folder, "auto" or "off" (see `open_program_files`).
       progress: gets a line for each stage of loading and each program.
 
     Raises:
@@ -35,36 +38,49 @@ class InlineExecutor:
         *,
         platform: str = "cpu",
         programs: Sequence[ProgramKey] = (),
+        compile_cache: str = "off",
         progress: Callable[[str], None] = lambda _: None,
     ):
         self.cell = cell
         devices = start_jax(platform, cell.mesh.num_devices)
         from jmoe.cell_runtime import CellRuntime
+        from jmoe.program_files import open_program_files
 
-        runtime = CellRuntime(cell, devices, "colocated" if cell.mesh.colocated else "inline")
+        role = "colocated" if cell.mesh.colocated else "inline"
+        runtime = CellRuntime(cell, devices, role, open_program_files(compile_cache))
         self._runtime: CellRuntime | None = runtime
+        self._in_flight: deque[Submitted] = deque()
         with ThreadPoolExecutor(1, "jmoe-compile") as pool:  # also after a bad checkpoint: a compiler can't be stopped
             compiling = pool.submit(runtime.compile, *programs)
             runtime.load(model, progress)
-            for key in programs:  # told now: it is what is waited for from here on
-                progress(compiling_line(key))
-            if line := compiling.result():
-                progress(line)
+            if not compiling.done():
+                progress(WAITING_FOR_PROGRAMS)
+            progress(compiling.result())
 
     def compile(self, keys: Sequence[ProgramKey], progress: Callable[[str], None]) -> None:
         for key in keys:
             progress(compiling_line(key))
-        self._open().compile(*keys)
+        progress(self._open().compile(*keys))
 
-    def run(self, key: ProgramKey, inputs: StepInputs) -> StepOutputs:
-        result = self._open().run((key.kind, key.sampling), inputs.array)
+    def submit(self, key: ProgramKey, inputs: StepInputs) -> None:
+        self._in_flight.append(self._open().submit((key.kind, key.sampling), inputs.array))
+
+    def collect(self) -> StepOutputs:
+        if not self._in_flight:
+            raise ValueError("InlineExecutor.collect: expected a call in flight, got none")
+        result = self._open().collect(self._in_flight.popleft())
         del result["replicas"]  # all of them, in order
         return StepOutputs(**result)
+
+    def run(self, key: ProgramKey, inputs: StepInputs) -> StepOutputs:
+        """One call alone."""
+        return run(self, key, inputs)
 
     def check(self) -> None:
         """Nothing can fail between calls: there is no other process."""
 
     def close(self) -> None:
+        self._in_flight.clear()
         self._runtime = None  # frees the weights and pages
 
     def _open(self):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -10,8 +11,9 @@ import numpy as np
 
 from jmoe.cell_config import CellConfig
 from jmoe.config import RANDOM_WEIGHTS
+from jmoe.serving.command import Command
 from jmoe.serving.errors import CellFailedError
-from jmoe.serving.executors.protocol import ProgramKey, compiling_line
+from jmoe.serving.executors.protocol import ProgramKey, compiling_line, run
 from jmoe.serving.model_handover import LiveModel, handed_over
 from jmoe.serving.process_options import ProcessOptions
 from jmoe.serving.supervisor import Supervisor
@@ -29,7 +31,8 @@ class ProcessesExecutor:
         on every host), or a live model, which is handed over in shared memory.
       options: how the workers are placed, reached, timed and logged.
       platform: "cpu" (virtual devices, gloo) or "gpu" (NCCL).
-      programs: compiled while the weights load.
+      programs: found or compiled while the weights load.
+      compile_cache: where each worker keeps compiled programs on its host: a folder, "auto" or "off".
       progress: gets a line now and then while workers start, load and compile.
 
     Raises:
@@ -46,14 +49,17 @@ class ProcessesExecutor:
         *,
         platform: Literal["cpu", "gpu"] = "cpu",
         programs: Sequence[ProgramKey] = (),
+        compile_cache: str = "off",
         progress: Callable[[str], None] | None = None,
     ):
         self.cell = cell
         options = options or ProcessOptions()
         self._platform: Literal["cpu", "gpu"] = platform
         self._deadlines = options.deadlines
+        self._compile_cache = compile_cache
         self._compiled: set[ProgramKey] = set()
         self._has_run: set[ProgramKey] = set()
+        self._in_flight: deque[tuple[ProgramKey, Command]] = deque()
         self._places = worker_places(cell.mesh, options.per, platform, options.addresses)
         if options.addresses and not isinstance(checkpoint, (str, os.PathLike)):
             raise ValueError("checkpoint: expected a folder that every worker's host has, got a live model")
@@ -103,19 +109,30 @@ class ProcessesExecutor:
         self._supervisor.call("compile", self._same(payload), self._deadlines.compile_s * len(new), progress)
         self._compiled |= set(new)
 
-    def run(self, key: ProgramKey, inputs: StepInputs) -> StepOutputs:
-        """Runs one prefill chunk or num_steps decode steps, compiling the program first if need be."""
+    def submit(self, key: ProgramKey, inputs: StepInputs) -> None:
+        """Starts one prefill chunk or num_steps decode steps behind the calls in flight."""
         self.compile([key], lambda line: None)
         expert = {"key": list(key)}
         attention = {**expert, "inputs": inputs.array}
         payloads = [expert if place.role == "expert" else attention for place in self._places]
         limit_s = self._deadlines.step_limit_s(self._platform, key not in self._has_run)
-        replies = self._supervisor.call("run", payloads, limit_s)
+        self._in_flight.append((key, self._supervisor.submit("run", payloads, limit_s)))
+
+    def collect(self) -> StepOutputs:
+        """Waits for the oldest call in flight; its tokens count once all workers have answered."""
+        if not self._in_flight:
+            raise ValueError("ProcessesExecutor.collect: expected a call in flight, got none")
+        key, call = self._in_flight.popleft()
+        replies = self._supervisor.wait_for(call)
         self._has_run.add(key)
         try:
             return _join_outputs(self.cell, key, replies)
         except (ValueError, KeyError, TypeError) as e:
             self._supervisor.fail(CellFailedError(f"run: an answer that does not fit the cell: {e}"))
+
+    def run(self, key: ProgramKey, inputs: StepInputs) -> StepOutputs:
+        """One call alone."""
+        return run(self, key, inputs)
 
     def check(self) -> None:
         """Raises if the cell is known to have failed; called while the engine is idle."""
@@ -139,6 +156,7 @@ class ProcessesExecutor:
             "num_processes": len(self._places),
             "coordinator": coordinator,
             "timeout_s": self._deadlines.init_s,
+            "compile_cache": self._compile_cache,
         }
         return [
             {

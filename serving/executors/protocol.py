@@ -14,13 +14,19 @@ class ProgramKey(NamedTuple):
     sampling: bool
 
 
+WAITING_FOR_PROGRAMS = "programs: compiling, or reading them from the cache"  # once the weights are there
+
+
 def compiling_line(key: ProgramKey) -> str:
     """What is said when a program begins to compile."""
     return f"compiling {key.kind}, {'sampling' if key.sampling else 'greedy'}"
 
 
 class Executor(Protocol):
-    """Runs calls one at a time; every method may raise a `CellFailedError`, after which only `close` is allowed."""
+    """Runs calls in the order in which they are submitted; the results come back in that order.
+
+    Every method may raise a `CellFailedError`, after which only `close` is allowed.
+    """
 
     cell: CellConfig
 
@@ -28,8 +34,15 @@ class Executor(Protocol):
         """Compiles programs ahead of their first use; `progress` gets a line for each."""
         ...
 
-    def run(self, key: ProgramKey, inputs: StepInputs) -> StepOutputs:
-        """Runs one prefill chunk or num_steps decode steps, compiling the program first if need be."""
+    def submit(self, key: ProgramKey, inputs: StepInputs) -> None:
+        """Starts one prefill chunk or num_steps decode steps behind the calls in flight, and waits for none of them.
+
+        A program that is not there yet is compiled first.
+        """
+        ...
+
+    def collect(self) -> StepOutputs:
+        """Waits for the oldest call in flight; ValueError where there is none."""
         ...
 
     def check(self) -> None:
@@ -39,3 +52,9 @@ class Executor(Protocol):
     def close(self) -> None:
         """Frees devices and processes; safe to call twice and after a failure."""
         ...
+
+
+def run(executor: Executor, key: ProgramKey, inputs: StepInputs) -> StepOutputs:
+    """One call alone, from start to end."""
+    executor.submit(key, inputs)
+    return executor.collect()

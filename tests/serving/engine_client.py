@@ -79,9 +79,9 @@ def finish(engine):
     raise AssertionError("the engine goes round in circles")
 
 
-def run(cell, requests, tokenizer=None):
+def run(cell, requests, tokenizer=None, config=None):
     """Runs (prompt, params) pairs together; returns their clients and the engine."""
-    engine = Engine(FakeExecutor(cell), EngineConfig(max_waiting=1000), tokenizer)
+    engine = Engine(FakeExecutor(cell), config or EngineConfig(max_waiting=1000), tokenizer)
     clients = []
     for prompt, params in requests:
         clients.append(Client())

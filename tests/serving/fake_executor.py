@@ -4,7 +4,7 @@ A wrong page table, position, slot, reset, penalty count, seed or preemption cha
 """
 
 import threading
-from collections import Counter
+from collections import Counter, deque
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from jmoe.cell_config import CellConfig
 from jmoe.config import ModelConfig
 from jmoe.serving.executors.protocol import ProgramKey
 from jmoe.sharding.mesh_config import MeshConfig
-from jmoe.step_inputs import StepInputs, StepOutputs
+from jmoe.step_inputs import OWN_TOKEN, StepInputs, StepOutputs
 
 EOS = 3
 PARAM_COLUMNS = (
@@ -82,6 +82,9 @@ class FakeExecutor:
         self._positions = np.full(shape, -1, np.int64)
         self._outputs: dict[tuple[int, int, int], Counter] = {}  # penalty counts of each slot
         self._seen: dict[tuple[int, int, int], Counter] = {}
+        self._next: dict[tuple[int, int, int], int | None] = {}  # what each slot feeds next; None where it has ended
+        self.in_flight: deque[tuple[ProgramKey, StepInputs]] = deque()
+        self.most_in_flight = 0
 
     def compile(self, keys, progress):
         for key in keys:
@@ -95,13 +98,23 @@ class FakeExecutor:
     def close(self):
         self.closed = True
 
-    def run(self, key: ProgramKey, inputs: StepInputs) -> StepOutputs:
+    def submit(self, key: ProgramKey, inputs: StepInputs) -> None:
+        """Nothing is computed before `collect`: later calls are planned without its tokens, as on a device."""
+        self.in_flight.append((key, inputs))
+        self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
+
+    def collect(self) -> StepOutputs:
         self._wait_for_gate()
+        return self.run(*self.in_flight.popleft())
+
+    def run(self, key: ProgramKey, inputs: StepInputs) -> StepOutputs:
         num_steps = self.cell.num_steps if key.kind == "decode" else 1
         shape = (num_steps, *inputs["num_tokens"].shape)
         tokens = np.full(shape, -1, np.int32)
         places = [tuple(map(int, place)) for place in np.argwhere(inputs["num_tokens"] > 0)]
         assert places, "a call without work"
+        if key.kind == "decode":
+            places = self._resume(inputs, places)
         self._check_pages(key, inputs, places)
         for place in places:
             self._run_row(key, inputs, place, tokens[(slice(None), *place)])
@@ -119,6 +132,13 @@ class FakeExecutor:
         if self.gate is not None:
             self.entered.set()
             assert self.gate.wait(10), "the test never opened the gate"
+
+    def _resume(self, inputs, places):
+        """Each row's own token, as left by the call before; rows that have ended idle, whatever the host thinks."""
+        for place in places:
+            assert inputs["token_ids"][place].tolist() == [OWN_TOKEN]
+            inputs["token_ids"][place] = self._next[place] if self._next[place] is not None else 0
+        return [place for place in places if self._next[place] is not None]
 
     def _check_pages(self, key, inputs, places):
         """Idle rows hold nothing, live rows have real pages for all they read and write, and nobody shares one."""
@@ -167,7 +187,8 @@ class FakeExecutor:
             if key.sampling:
                 self._count(slot, [token], position, num_prompt)
             remaining -= 1
-            if token in stop_ids or remaining == 0:
+            self._next[slot] = None if token in stop_ids or remaining == 0 else token
+            if self._next[slot] is None:
                 return
             if step + 1 < len(tokens):
                 self._write(inputs, place, position, token)

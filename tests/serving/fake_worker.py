@@ -55,6 +55,8 @@ class FakeRuntime:
         self.replicas = range(first, first + init["num_devices"]) if self.role == "attention" else []
         self.replicas = [r // mesh.attention_tensor for r in self.replicas if r % mesh.attention_tensor == 0]
         self.calls = 0
+        if "ignore_sigterm" in FAULTS.get(str(self.index), {}).values():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # here: in the main thread
         self.suffer("init")
 
     def suffer(self, command):
@@ -62,10 +64,7 @@ class FakeRuntime:
         if fault is None:
             return
         print(f"fake worker {self.index}: {fault} in {command}", file=sys.stderr, flush=True)
-        if fault == "ignore_sigterm":
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            fault = "hang"
-        if fault == "hang":
+        if fault in ("hang", "ignore_sigterm"):
             time.sleep(600)
         elif fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -101,8 +100,13 @@ class FakeRuntime:
 
     def compile(self, *keys):
         self.suffer("compile")
+        return f"compiled {len(keys)} programs"
 
-    def run(self, key, inputs):
+    def submit(self, key, inputs):
+        return key, inputs
+
+    def collect(self, submitted):
+        key, inputs = submitted
         self.calls += 1
         self.suffer("run")
         self.suffer(f"run{self.calls}")

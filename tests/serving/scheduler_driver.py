@@ -17,14 +17,19 @@ def add(scheduler, name, num_prompt=5, max_tokens=6, **params):
     return request
 
 
-def tokens_for(scheduler, call, stops=()):
-    """What an executor would answer: OTHER for every sample, STOP as the last one of requests named in `stops`."""
+def tokens_for(scheduler, call, stops=(), ended=()):
+    """What an executor would answer: OTHER for every sample, STOP as the last one of requests named in `stops`.
+
+    Rows of requests in `ended` idle: a call before has stopped them, which the scheduler may not know yet.
+    """
     cell = scheduler.cell
     shape = (cell.num_steps, cell.mesh.attention, cell.mesh.num_micro_batches, cell.rows)
     if call.kind == "prefill":
         shape = (1, *shape[1:3], 1)
     tokens = np.full(shape, -1, np.int32)
     for work, place in zip(call.work, zip(*call.index(), strict=True), strict=True):
+        if work.request.id in ended:
+            continue
         tokens[(slice(0, work.num_samples), *place)] = OTHER
         if work.request.id in stops and work.num_samples:
             num = min(2, work.num_samples)

@@ -34,7 +34,7 @@ class SlowExecutor(FakeExecutor):
         print("closed", flush=True)
 
 
-def create_executor(model, cell, kind, progress, programs, processes):
+def create_executor(model, cell, kind, progress, programs, processes, compile_cache):
     progress("loading: 1 of 2 arrays")
     if mode == "slow_load":
         print("loading", flush=True)

@@ -47,13 +47,21 @@ def checkpoint(tmp_path):
     return folder
 
 
+class Created(list):
+    """What fake executors were asked for."""
+
+    caches: list[str]
+
+
 @pytest.fixture
 def created(monkeypatch):
-    """Fake executors in place of real ones; the cells that were asked for."""
-    cells = []
+    """Fake executors in place of real ones; the cells that were asked for, and as `caches` where to keep programs."""
+    cells, caches = Created(), []
+    cells.caches = caches
 
-    def create_executor(model, cell, kind, progress, programs, processes):
+    def create_executor(model, cell, kind, progress, programs, processes, compile_cache):
         cells.append((model, cell, kind))
+        caches.append(compile_cache)
         progress("starting")
         return FakeExecutor(cell)
 
@@ -147,7 +155,7 @@ def test_failures_are_exit_code_1_and_one_line(tmp_path, capsys, created):
 
 
 def test_a_cell_that_fails_is_named(checkpoint, created, monkeypatch, capsys):
-    def create_executor(model, cell, kind, progress, programs, processes):
+    def create_executor(model, cell, kind, progress, programs, processes, compile_cache):
         return FakeExecutor(cell, fail_at=0, error=WorkerDiedError("worker 1 was killed\nits last words"))
 
     monkeypatch.setattr(sys.modules["jmoe.serving.executors.create"], "create_executor", create_executor)
@@ -209,7 +217,7 @@ def test_generate_chat_from_stdin(checkpoint, created, capsys, monkeypatch):
 def test_options_of_worker_processes(checkpoint, created, monkeypatch, tmp_path):
     asked = []
 
-    def create_executor(model, cell, kind, progress, programs, processes):
+    def create_executor(model, cell, kind, progress, programs, processes, compile_cache):
         asked.append((kind, processes))
         return FakeExecutor(cell)
 
@@ -223,6 +231,13 @@ def test_options_of_worker_processes(checkpoint, created, monkeypatch, tmp_path)
     deadlines = Deadlines(step_s=3, heartbeat_s=4.5, load_s=5, compile_s=6)
     options = ProcessOptions("device", ("a:1", "[::1]:2"), "a secret of this cell", deadlines, str(tmp_path))
     assert asked == [("processes", None), ("processes", options)]
+
+
+def test_where_compiled_programs_are_kept(checkpoint, created):
+    words = ["generate", str(checkpoint), "fox", "--max-tokens", "1"]
+    assert main(words) == 0
+    assert main([*words, "--compile-cache", "off"]) == 0
+    assert created.caches == ["auto", "off"]
 
 
 def test_placement_file(checkpoint, created, tmp_path, capsys):

@@ -6,7 +6,7 @@ from engine_client import Client, Letters, finish, letters, prompt_of, run
 from fake_executor import EOS, FakeExecutor, expected_tokens, make_cell
 from hypothesis import strategies as st
 
-from jmoe.serving.engine import Engine
+from jmoe.serving.engine import Engine, EngineConfig
 from jmoe.serving.requests import FinishReason, SamplingParams
 
 CELLS = {
@@ -65,13 +65,15 @@ def test_any_cell_and_any_mix_of_requests(data):
         page_len=draw(st.integers(1, 5)), chunk_len=draw(st.integers(1, 9)), num_steps=draw(st.integers(1, 6)),
         max_len=24, num_pages=draw(st.integers(25, 40)),
     )  # fmt: skip
+    config = EngineConfig(max_calls_in_flight=draw(st.integers(1, 4)), max_prefill_tokens=draw(st.integers(1, 50)))
     sampled = st.builds(
         SamplingParams, max_tokens=st.integers(1, 30), temperature=st.sampled_from([0.0, 0.5]), seed=st.integers(0, 9),
         ignore_eos=st.booleans(), stop_token_ids=st.sets(st.integers(0, 100), max_size=5),
         repetition_penalty=st.sampled_from([1.0, 1.25]),
     )  # fmt: skip
     requests = draw(st.lists(st.tuples(st.lists(st.integers(0, 100), min_size=1, max_size=23), sampled), max_size=12))
-    clients, _ = run(cell, requests)
+    clients, engine = run(cell, requests, config=config)
+    assert engine.executor.most_in_flight <= config.max_calls_in_flight
     for client, (prompt, params) in zip(clients, requests, strict=True):
         want = expected_tokens(prompt, params, cell, params.seed)
         assert client.tokens == want
@@ -133,7 +135,8 @@ def test_a_stop_string_ends_text_and_tokens_at_the_same_place_whatever_the_call_
         assert client.text == text[: text.index(stop)]
         assert client.tokens == full[:end] and client.last.finish_reason is FinishReason.STOP
         assert client.last.num_output_tokens == len(client.tokens) == engine.stats()["output_tokens"]
-        assert engine.stats()["decode_calls"] == -(-(end - 1) // num_steps)
+        calls = -(-(end - 1) // num_steps) + 1  # one more was in flight, unless max_tokens left none
+        assert engine.stats()["decode_calls"] == min(calls, -(-29 // num_steps))
 
 
 def test_text_held_back_for_a_stop_string_comes_when_the_request_ends():
@@ -173,10 +176,38 @@ def test_stats_tell_where_requests_and_pages_are():
         engine.submit(prompt_of(8), SamplingParams(max_tokens=5, ignore_eos=True), Client(), str(i))
     assert engine.stats()["waiting"] == 3
     engine.step()
+    engine.step()
     stats = engine.stats()
     assert (stats["waiting"], stats["running"], stats["free_slots"]) == (1, 2, 0)
-    assert (stats["used_pages"], stats["free_pages"]) == (4, 28)
+    assert (stats["used_pages"], stats["free_pages"]) == (5, 27)
     assert (stats["prefill_calls"], stats["prefill_tokens"], stats["output_tokens"]) == (1, 8, 1)
     finish(engine)
     stats = engine.stats()
     assert (stats["output_tokens"], stats["prefill_tokens"], stats["decode_calls"]) == (15, 24, 3)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_next_call_starts_before_the_tokens_of_the_one_before_are_read(depth):
+    executor, events = FakeExecutor(make_cell()), []
+    submit, collect = executor.submit, executor.collect
+    executor.submit = lambda *args: (events.append("s"), submit(*args))[1]
+    executor.collect = lambda: (events.append("c"), collect())[1]
+    engine, client = Engine(executor, EngineConfig(max_calls_in_flight=depth)), Client()
+    engine.submit(prompt_of(5), SamplingParams(max_tokens=25, ignore_eos=True), client)
+    finish(engine)
+    assert "".join(events) == "s" * depth + "cs" * (7 - depth) + "c" * depth
+    assert client.tokens == expected_tokens(prompt_of(5), SamplingParams(max_tokens=25, ignore_eos=True), engine.cell)
+
+
+def test_a_chunk_budget_lets_more_prefill_calls_come_between_two_decode_calls():
+    kinds = {}
+    for budget in (None, 8, 24):  # a call of one lane is 8 tokens
+        executor = FakeExecutor(make_cell(micro_batches=1, rows=2, chunk_len=8, num_pages=99, max_len=99))
+        engine = Engine(executor, EngineConfig(max_prefill_tokens=budget, max_calls_in_flight=1))
+        engine.submit(prompt_of(1), SamplingParams(max_tokens=40, ignore_eos=True), Client())
+        engine.step()
+        engine.submit(prompt_of(48), SamplingParams(max_tokens=1, ignore_eos=True), Client())
+        finish(engine)
+        kinds[budget] = "".join(key.kind[0] for key, _ in executor.calls)[1:]
+    assert kinds[None] == kinds[8] == "dp" * 6 + "d" * 4  # the prefill of the first one counts
+    assert kinds[24] == "ppdpppdp" + "d" * 8

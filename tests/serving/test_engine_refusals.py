@@ -61,7 +61,9 @@ def test_a_full_inbox_refuses_and_takes_again_when_there_is_room():
     finish(engine)
 
 
-@pytest.mark.parametrize("field", ["max_waiting", "max_prefill_streak", "check_interval_s", "close_timeout_s"])
+@pytest.mark.parametrize(
+    "field", ["max_waiting", "max_prefill_tokens", "max_calls_in_flight", "check_interval_s", "close_timeout_s"]
+)
 def test_engine_config_wants_positive_values(field):
     with pytest.raises(ValueError, match=rf"EngineConfig\.{field}: expected more than 0, got 0"):
         EngineConfig(**{field: 0})

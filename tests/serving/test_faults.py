@@ -151,6 +151,34 @@ def test_later_calls_have_a_shorter_deadline_than_a_program_s_first(monkeypatch)
     executor.close()
 
 
+def test_the_deadline_of_a_call_in_flight_begins_when_the_one_before_is_answered(monkeypatch):
+    """Three calls of 0.8 s each, sent at once, under a deadline of 1.5 s; the fourth one hangs."""
+    faults = {"1": {"run1": "slower", "run2": "slower", "run3": "slower", "run4": "hang"}}
+    executor = fake_executor(monkeypatch, faults, deadlines=dataclasses.replace(PATIENT, first_step_s=1.5, step_s=1.5))
+    executor.compile([DECODE], lambda line: None)
+    for _ in range(4):
+        executor.submit(DECODE, StepInputs(executor.cell, "decode"))
+    for _ in range(3):
+        executor.collect()
+    with pytest.raises(StepTimeoutError, match=r"run: no answer within 1.5 s from worker 1"):
+        executor.collect()
+    executor.close()
+
+
+def test_a_worker_that_dies_with_calls_in_flight_fails_those_that_it_has_not_answered(monkeypatch):
+    executor = fake_executor(monkeypatch, {"0": {"run2": "exit"}})
+    pids = executor.worker_pids
+    for _ in range(3):
+        executor.submit(DECODE, StepInputs(executor.cell, "decode"))
+    with pytest.raises(WorkerDiedError, match=r"worker 0 \(attention\) ended with exit code 7"):
+        for _ in range(2):  # the first may have come before
+            executor.collect()
+    with pytest.raises(WorkerDiedError, match="worker 0"):
+        executor.collect()
+    assert not any(is_alive(pid) for pid in pids)
+    executor.close()
+
+
 def test_a_worker_that_ignores_sigterm_is_killed(monkeypatch):
     deadlines = dataclasses.replace(PATIENT, first_step_s=0.5)
     executor = fake_executor(monkeypatch, {"1": {"run": "ignore_sigterm"}}, deadlines=deadlines)

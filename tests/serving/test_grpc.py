@@ -24,7 +24,7 @@ from jmoe.serving.grpc_client import Client
 from jmoe.serving.grpc_config import GrpcConfig
 from jmoe.serving.grpc_messages import error_of, params_message, params_of
 from jmoe.serving.grpc_server import SERVICE, GrpcServer
-from jmoe.serving.output_buffer import OutputBuffer
+from jmoe.serving.output_buffer import OutputBuffer, Wakeups
 from jmoe.serving.protos import jmoe_pb2 as pb
 from jmoe.serving.protos import jmoe_pb2_grpc
 from jmoe.serving.requests import FinishReason, RequestOutput, SamplingParams
@@ -364,10 +364,39 @@ def test_a_client_that_reads_gets_all_of_a_long_answer():
         assert sum(len(chunk.text) for chunk in talkative(front)) == 20_000 * 1000
 
 
+def test_many_outputs_of_another_thread_wake_the_loop_once_and_none_is_lost():
+    async def main():
+        loop = asyncio.get_running_loop()
+        real, calls = loop.call_soon_threadsafe, []
+        loop.call_soon_threadsafe = lambda *args: (calls.append(1), real(*args))[1]
+        wakeups = Wakeups(loop)
+        buffers = [OutputBuffer(wakeups, 99, lambda: None) for _ in range(50)]
+        for number in range(3):  # while the loop does not run, as when the engine has Python's lock
+            for buffer in buffers:
+                buffer.put(RequestOutput("a", (number,)))
+        woken = len(calls)
+        assert [len(await buffer.take(10)) for buffer in buffers] == [3] * 50
+
+        def put_all():
+            for number in range(500):
+                buffers[number % 50].put(RequestOutput("a", (number,)))
+
+        thread = threading.Thread(target=put_all)
+        thread.start()
+        counts = [0] * 50
+        for index in [*range(50)] * 10:  # each buffer gets ten, in whatever portions
+            while counts[index] < 10:
+                counts[index] += len(await buffers[index].take(10))
+        thread.join()
+        return woken, counts
+
+    assert asyncio.run(main()) == (1, [10] * 50)
+
+
 def test_output_buffer_keeps_its_bound_and_the_last_output():
     async def fill():
         aborted = []
-        buffer = OutputBuffer(asyncio.get_running_loop(), 2, lambda: aborted.append(1))
+        buffer = OutputBuffer(Wakeups(asyncio.get_running_loop()), 2, lambda: aborted.append(1))
         last = RequestOutput("a", finish_reason=FinishReason.STOP)
         for output in (RequestOutput("a"), RequestOutput("a"), last):
             buffer.put(output)

@@ -59,6 +59,22 @@ def test_calls_reach_every_worker_and_replicas_come_back_in_order(monkeypatch, p
     assert "compiling decode, greedy" in lines
 
 
+def test_calls_in_flight_come_back_in_order_and_a_program_may_compile_behind_them(monkeypatch):
+    cell = tiny_cell(2, 1)
+    executor = fake_executor(monkeypatch, cell=cell, programs=[DECODE])
+    try:
+        for key in (DECODE, DECODE, PREFILL):
+            executor.submit(key, StepInputs(cell, key.kind))
+        for n in (1, 2):
+            want = expected_tokens(cell, n, cell.num_steps, cell.rows)
+            np.testing.assert_array_equal(executor.collect().tokens, want)
+        np.testing.assert_array_equal(executor.collect().tokens, expected_tokens(cell, 3, 1, 1))
+        with pytest.raises(ValueError, match="expected a call in flight, got none"):
+            executor.collect()
+    finally:
+        executor.close()
+
+
 def test_close_twice_leaves_no_process_and_later_calls_fail(monkeypatch):
     executor = fake_executor(monkeypatch)
     pids = executor.worker_pids
@@ -196,7 +212,7 @@ def test_programs_are_compiled_with_the_load(monkeypatch):
     lines = []
     executor = fake_executor(monkeypatch, programs=[PREFILL, DECODE], progress=lines.append)
     try:
-        assert {f"worker {i}: compiling decode, greedy" for i in ("0 (attention)", "1 (expert)")} < set(lines)
+        assert {f"worker {i}: compiled 2 programs" for i in ("0 (attention)", "1 (expert)")} < set(lines)
         num_lines = len(lines)
         executor.compile([PREFILL, DECODE], lines.append)
         assert len(lines) == num_lines

@@ -183,21 +183,21 @@ def test_a_stop_token_ends_a_request_in_prefill_and_in_decode():
     assert not scheduler.running and scheduler.slots.allocators[0].num_used == 0
 
 
-def test_pages_of_an_aborted_request_stay_until_its_call_returns():
+def test_pages_of_an_aborted_request_are_free_at_once_and_its_tokens_are_dropped():
+    """A later call may write to them: the device runs it after the one in flight."""
     scheduler = Scheduler(make_cell())
     gone, stays = add(scheduler, "gone"), add(scheduler, "stays")
     step(scheduler)
     call = scheduler.schedule()
-    used = scheduler.slots.allocators[0].num_used
     scheduler.finish(gone, FinishReason.ABORT)
     scheduler.finish(gone, FinishReason.STOP)  # too late to change anything
-    assert gone.state is RequestState.FINISHED and scheduler.slots.allocators[0].num_used == used
+    assert gone.state is RequestState.FINISHED and gone.slot is None
+    assert scheduler.slots.allocators[0].num_used == len(stays.page_ids)
     scheduler.check_integrity()
     progress = scheduler.update(call, tokens_for(scheduler, call))
     scheduler.check_integrity()
     assert [p.request for p in progress] == [stays] and progress[0].work_idx == 1
-    assert gone.finish_reason is FinishReason.ABORT and gone.output_ids.tolist() == [OTHER] and gone.slot is None
-    assert scheduler.slots.allocators[0].num_used == len(stays.page_ids)
+    assert gone.finish_reason is FinishReason.ABORT and gone.output_ids.tolist() == [OTHER]
 
 
 def test_an_abort_while_another_call_is_in_flight_frees_at_once():
@@ -215,15 +215,93 @@ def test_an_abort_while_another_call_is_in_flight_frees_at_once():
     scheduler.check_integrity()
 
 
-def test_calls_come_one_by_one():
+def test_calls_return_in_the_order_in_which_they_were_made():
     scheduler = Scheduler(make_cell())
     add(scheduler, "a")
-    call = scheduler.schedule()
-    with pytest.raises(RuntimeError, match="in flight"):
-        scheduler.schedule()
-    scheduler.update(call, tokens_for(scheduler, call))
+    first, second = scheduler.schedule(), scheduler.schedule()
     with pytest.raises(RuntimeError, match="another one"):
+        scheduler.update(second, tokens_for(scheduler, second))
+    for call in (first, second):
         scheduler.update(call, tokens_for(scheduler, call))
+    with pytest.raises(RuntimeError, match="another one"):
+        scheduler.update(second, tokens_for(scheduler, second))
+
+
+def test_the_next_call_is_planned_as_if_the_one_in_flight_emitted_all_that_it_may():
+    scheduler = Scheduler(make_cell(num_steps=4, page_len=4))
+    request = add(scheduler, "a", num_prompt=5, max_tokens=7)
+    prefill, decode, last = (scheduler.schedule() for _ in range(3))
+    assert [(call.kind, *call.work[0][2:]) for call in (prefill, decode, last)] == [
+        ("prefill", 5, 1, 0, 7),
+        ("decode", 1, 4, 5, 6),
+        ("decode", 1, 2, 9, 2),
+    ]
+    assert len(request.page_ids) == 3 and not request.output_ids  # positions 0 to 10; the last token is never written
+    assert scheduler.schedule() is None
+    for call in (prefill, decode, last):
+        scheduler.update(call, tokens_for(scheduler, call))
+        scheduler.check_integrity()
+    assert request.finish_reason is FinishReason.LENGTH and len(request.output_ids) == 7
+
+
+def test_a_slot_whose_last_token_is_in_flight_is_given_on_meanwhile():
+    scheduler = Scheduler(make_cell(micro_batches=1, rows=1))
+    first, second = add(scheduler, "first", max_tokens=5), add(scheduler, "second")
+    calls = [scheduler.schedule() for _ in range(3)]
+    assert [names(call) for call in calls] == [["first"], ["first"], ["second"]]
+    assert first.slot is None and first.state is RequestState.RUNNING and first.finish_reason is None
+    assert second.slot == calls[0].work[0].slot
+    scheduler.check_integrity()
+    assert [[p.request for p in scheduler.update(c, tokens_for(scheduler, c))] for c in calls] == [
+        [first],
+        [first],
+        [second],
+    ]
+    assert first.finish_reason is FinishReason.LENGTH and not scheduler.ending
+
+
+def test_an_abort_of_a_request_whose_last_token_is_in_flight():
+    scheduler = Scheduler(make_cell(micro_batches=1, rows=1))
+    request = add(scheduler, "a", max_tokens=1)
+    call = scheduler.schedule()
+    assert scheduler.schedule() is None and scheduler.ending
+    scheduler.finish(request, FinishReason.ABORT)
+    assert scheduler.update(call, tokens_for(scheduler, call)) == []
+    assert not scheduler.ending and request.finish_reason is FinishReason.ABORT
+
+
+def test_a_row_that_a_stop_token_ended_is_in_the_next_call_and_brings_nothing():
+    scheduler = Scheduler(make_cell(micro_batches=1, rows=1, num_steps=4))
+    request, behind = add(scheduler, "a", max_tokens=20), add(scheduler, "behind")
+    step(scheduler)
+    stopped, idle = scheduler.schedule(), scheduler.schedule()
+    scheduler.update(stopped, tokens_for(scheduler, stopped, stops={"a"}))
+    assert request.finish_reason is FinishReason.STOP and request.slot is None
+    nothing = np.full((4, 1, 1, 1), -1, np.int32)
+    later = scheduler.schedule()
+    assert names(later) == ["behind"] and behind.slot == idle.work[0].slot
+    assert scheduler.update(idle, nothing) == []
+    assert [p.request for p in scheduler.update(later, tokens_for(scheduler, later))] == [behind]
+
+
+def test_a_request_preempted_in_flight_keeps_the_tokens_that_come_and_is_admitted_after_them():
+    scheduler = Scheduler(make_cell(micro_batches=1, rows=2, num_pages=17, page_len=4, max_len=64, num_steps=4))
+    add(scheduler, "old", num_prompt=20, max_tokens=30)
+    young = add(scheduler, "young", num_prompt=20, max_tokens=30)
+    calls = []
+    while scheduler.num_preemptions == 0:
+        calls.append(scheduler.schedule())
+    scheduler.check_integrity()
+    assert young.num_in_flight > 4 and not young.output_ids and young.state is RequestState.WAITING
+    for call in calls[:-1]:
+        assert young.slot is None
+        scheduler.update(call, tokens_for(scheduler, call))
+        scheduler.check_integrity()
+    assert young.num_in_flight == 0 and len(young.output_ids) > 4
+    kept = len(young.output_ids)
+    scheduler.update(calls[-1], tokens_for(scheduler, calls[-1]))
+    run_all(scheduler)
+    assert young.num_admissions == 2 and len(young.output_ids) == 30 > kept
 
 
 def _short(tokens):

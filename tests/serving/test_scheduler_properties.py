@@ -1,4 +1,7 @@
-"""After any sequence of add, finish, abort, preempt and step: pages are conserved, and everyone ends."""
+"""After any sequence of add, finish, abort, preempt, schedule and update: pages are conserved, and everyone ends.
+
+Up to three calls are in flight: what a call brought is known when later ones have long been planned.
+"""
 
 import hypothesis
 from fake_executor import make_cell
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 from scheduler_driver import add, run_all, tokens_for
 
 from jmoe.serving.requests import FinishReason, Request, RequestState
-from jmoe.serving.scheduler import Scheduler
+from jmoe.serving.scheduler import Call, Scheduler
 
 
 class SchedulerMachine(stateful.RuleBasedStateMachine):
@@ -25,7 +28,8 @@ class SchedulerMachine(stateful.RuleBasedStateMachine):
         )  # fmt: skip
         self.scheduler = Scheduler(cell, streak)
         self.requests: list[Request] = []
-        self.call = None
+        self.calls: list[Call] = []
+        self.ended: set[str] = set()  # by a stop token, on device
 
     @stateful.rule(num_prompt=st.integers(1, 20), max_tokens=st.integers(1, 12))
     def add(self, num_prompt, max_tokens):
@@ -37,28 +41,35 @@ class SchedulerMachine(stateful.RuleBasedStateMachine):
         live = [r for r in self.requests if r.state is not RequestState.FINISHED] or self.requests
         self.scheduler.finish(live[which % len(live)], reason)
 
-    @stateful.precondition(lambda self: self.call is None)
+    @stateful.precondition(lambda self: len(self.calls) < 3)
     @stateful.rule()
     def schedule(self):
         live = [r for r in self.requests if r.state is not RequestState.FINISHED]
-        self.call = self.scheduler.schedule()
-        assert (self.call is None) == (not live), "work, but no call"
-        if self.call is not None and self.call.kind == "decode":
+        call = self.scheduler.schedule()
+        assert call is not None or self.calls or not live, "work, but no call"
+        if call is None:
+            return
+        self.calls.append(call)
+        for work in call.work:
+            assert work.start_pos + work.num_tokens + max(work.num_samples, 1) - 1 <= 3 * len(work.request.page_ids)
+            assert work.remaining >= max(work.num_samples, 1)
+        if call.kind == "decode":
             decoding = [r for r in self.scheduler.running.values() if not r.is_prefilling]
-            assert {id(work.request) for work in self.call.work} == set(map(id, decoding))
+            assert {id(work.request) for work in call.work} == set(map(id, decoding))
 
-    @stateful.precondition(lambda self: self.call is not None)
+    @stateful.precondition(lambda self: self.calls)
     @stateful.rule(data=st.data())
     def update(self, data):
-        ids = [work.request.id for work in self.call.work]
-        stops = data.draw(st.sets(st.sampled_from(ids), max_size=2))
+        call = self.calls.pop(0)
+        ids = [work.request.id for work in call.work if work.num_samples]
+        stops = data.draw(st.sets(st.sampled_from(ids), max_size=2)) if ids else set()
         lengths = {request.id: len(request.output_ids) for request in self.requests}
-        progress = self.scheduler.update(self.call, tokens_for(self.scheduler, self.call, stops))
-        for request, tokens, work_idx in progress:
-            assert self.call.work[work_idx].request is request
-            assert request.output_ids[lengths.pop(request.id) :].tolist() == tokens
+        tokens = tokens_for(self.scheduler, call, stops, self.ended)
+        self.ended |= stops
+        for request, new, work_idx in self.scheduler.update(call, tokens):
+            assert call.work[work_idx].request is request
+            assert request.output_ids[lengths.pop(request.id) :].tolist() == new
         assert all(len(r.output_ids) == lengths[r.id] for r in self.requests if r.id in lengths)
-        self.call = None
 
     @stateful.invariant()
     def pages_are_conserved(self):
@@ -66,14 +77,17 @@ class SchedulerMachine(stateful.RuleBasedStateMachine):
             return
         self.scheduler.check_integrity()
         live = [r for r in self.requests if r.state is not RequestState.FINISHED]
-        assert {r.id for r in live} <= {*self.scheduler.running, *(r.id for r in self.scheduler.waiting)}
-        if not live and self.call is None:
+        waiting = [r.id for r in self.scheduler.waiting]
+        assert sorted(r.id for r in live) == sorted([*self.scheduler.running, *self.scheduler.ending, *waiting])
+        held = [page for r in self.scheduler.running.values() for page in r.page_ids if r.slot.replica == 0]
+        assert len(held) == len(set(held))
+        if not live:
             assert all(allocator.num_used == 0 for allocator in self.scheduler.slots.allocators)
 
     def teardown(self):
         if hasattr(self, "scheduler"):
-            if self.call is not None:
-                self.scheduler.update(self.call, tokens_for(self.scheduler, self.call))
+            for call in self.calls:
+                self.scheduler.update(call, tokens_for(self.scheduler, call, ended=self.ended))
             run_all(self.scheduler)
             assert all(r.state is RequestState.FINISHED for r in self.requests)
 

@@ -231,9 +231,9 @@ def created(monkeypatch):
     """Fake executors in place of real ones; the list of what was asked for."""
     calls = []
 
-    def create_executor(model, cell, kind, progress, programs, processes):
+    def create_executor(model, cell, kind, progress, programs, processes, compile_cache):
         executor = FakeExecutor(cell)
-        calls.append((model, cell, kind, executor, programs, processes))
+        calls.append((model, cell, kind, executor, programs, processes, compile_cache))
         progress("starting")
         return executor
 
@@ -247,13 +247,14 @@ def test_serve_resolves_everything(checkpoint, created):
     with jmoe.serve(checkpoint, MeshConfig(2, 2, 3), executor="inline", progress=lines.append) as server:
         assert server.generate([5], SamplingParams(max_tokens=3, ignore_eos=True)).num_output_tokens == 3
         assert server.name == checkpoint.name
-    model, cell, kind, executor, programs, processes = created[0]
+    model, cell, kind, executor, programs, processes, compile_cache = created[0]
     assert (model, kind) == (checkpoint, "inline")
     assert cell.mesh == MeshConfig(2, 2, 3).resolve(4)
     assert (cell.rows, cell.max_len, cell.page_len, cell.num_pages) == (4, 100, 16, 3 * 4 * 7 + 1)
     assert cell.model.eos_token_ids == (3, 2)  # config.json's and the tokenizer's
     assert [(k.kind, k.sampling) for k in programs] == [("prefill", False), ("decode", False)]
     assert executor.closed and "starting" in lines and processes is None
+    assert compile_cache == "auto"
 
 
 def test_serve_takes_sizes_by_name(checkpoint, created):
@@ -271,6 +272,14 @@ def test_serve_takes_sizes_by_name(checkpoint, created):
         jmoe.serve(checkpoint, rows=0)
     with pytest.raises(ValueError, match="programs"):
         jmoe.serve(checkpoint, programs="some")
+
+
+def test_serve_takes_a_chunk_budget_and_a_compile_cache(checkpoint, created):
+    with jmoe.serve(checkpoint, chunk_len=8, max_prefill_tokens=50, compile_cache="off") as server:
+        assert server._engine.scheduler._max_prefill_streak == 3  # of 16 tokens each: two micro-batches
+    assert created[0][6] == "off"
+    with pytest.raises(ValueError, match="max_prefill_tokens: expected more than 0, got 0"):
+        jmoe.serve(checkpoint, max_prefill_tokens=0)
 
 
 def test_serve_closes_the_executor_when_the_engine_refuses(checkpoint, created):

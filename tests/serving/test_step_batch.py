@@ -8,6 +8,7 @@ from fake_executor import EOS, make_cell
 from jmoe.serving.requests import Request, SamplingParams
 from jmoe.serving.scheduler import Scheduler
 from jmoe.serving.step_batch import StepBatch
+from jmoe.step_inputs import OWN_TOKEN
 
 PARAMS = SamplingParams(
     temperature=0.5, top_k=7, top_p=0.25, min_p=0.125, repetition_penalty=1.5, presence_penalty=-0.5,
@@ -64,7 +65,7 @@ def test_a_prefill_chunk_and_a_decode_row_hold_what_the_programs_read():
     call = scheduler.schedule()
     third = batch.fill(call)
     assert row(third, request.slot) == fixed | {
-        "num_tokens": 1, "start_pos": 6, "sample": 1, "remaining": 8, "reset": 0, "token_ids": [42],
+        "num_tokens": 1, "start_pos": 6, "sample": 1, "remaining": 8, "reset": 0, "token_ids": [OWN_TOKEN],
         "page_table": [*request.page_ids, 0, 0, 0, 0, 0],
     }  # fmt: skip
     assert len(request.page_ids) == 3

@@ -1,0 +1,126 @@
+"""Compiled programs that come back from disk: without tracing, lowering or compiling, and without pickle.
+
+JAX's persistent cache would not do: only process 0 writes it, and it needs the program traced and lowered first, which
+takes longer than reading the weights (30 layers: 5 to 20 s a program). Here the key says all that a program depends on,
+and the executable is XLA's own serialization. What else a call needs is known from the cell: every argument and result
+is an array over the joint mesh, in the order of the trees that `AbstractCell` describes.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jmoe
+from jmoe.lowering import AbstractCell, Key
+from jmoe.program_files import ProgramFiles
+from jmoe.sharding.mesh_config import AXIS
+
+Program = Callable[..., Any]
+_PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "jax-cuda12-plugin", "jax-cuda12-pjrt")
+_UNTRACED = {"serving", "planner", "checkpoints", "training", "__pycache__"}  # folders that no program depends on
+
+
+def program_key(abstract: AbstractCell, key: Key) -> str:
+    """Hash of all that a compiled program depends on: sources, versions, flags, devices, cell, role."""
+    mesh = abstract.mesh
+    client = mesh.devices.flat[0].client
+    facts = {
+        "cell": abstract.cell.to_dict(),
+        "role": abstract.role,
+        "program": key,
+        "sources": _source_digest(),
+        "versions": [(name, _version(name)) for name in _PACKAGES],
+        "platform": (client.platform, client.platform_version, _host_features()),
+        "devices": [(d.device_kind, d.process_index, d.id) for d in mesh.devices.flat],
+        "process": jax.process_index(),
+        "flags": [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
+        "config": _config(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _config() -> dict[str, Any]:
+    """JAX's options, without the places where it keeps and writes things."""
+    values = jax.config.values  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
+    plain = {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | None)}
+    return {name: value for name, value in plain.items() if not name.endswith(("_dir", "_path", "_to"))}
+
+
+def _source_digest() -> str:
+    """Of the code that programs are traced from, and its tables."""
+    digest = hashlib.sha256()
+    for folder, names, files in os.walk(pathlib.Path(jmoe.__file__).parent, followlinks=True):
+        names[:] = sorted(set(names) - _UNTRACED)
+        for file in sorted(file for file in files if file.endswith((".py", ".json"))):
+            digest.update(file.encode() + b"\0" + pathlib.Path(folder, file).read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _host_features() -> str:
+    """What XLA compiles CPU code for: code of another CPU may hold instructions that this one lacks."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def save_program(files: ProgramFiles, name: str, compiled: jax.stages.Compiled) -> None:
+    """Keeps a compiled program under its key."""
+    executable: Any = compiled.runtime_executable()
+    files.write(name, executable.client.serialize_executable(executable))
+
+
+def load_program(files: ProgramFiles, name: str, abstract: AbstractCell, key: Key) -> "LoadedProgram | None":
+    """A program from disk; None, after a warning, where XLA can't load what is there."""
+    data = files.read(name)
+    if data is None:
+        return None
+    devices = tuple(abstract.mesh.devices.flat)
+    try:
+        device_list = jax.sharding.NamedSharding(abstract.mesh, PartitionSpec())._internal_device_list
+        executable = devices[0].client.deserialize_executable(data, executable_devices=device_list)
+    except Exception as error:  # of another build, say: XLA has no type for it
+        files.remove(name, f"{type(error).__name__}: {error}")
+        return None
+    return LoadedProgram(executable, abstract.results(key), abstract.mesh)
+
+
+class LoadedProgram:
+    """Calls an executable as the jitted function would be called that it was compiled from.
+
+    Args:
+      executable: XLA's, of the devices of this process.
+      results: what it returns, as abstract arrays over the joint mesh.
+      mesh: the joint mesh.
+    """
+
+    def __init__(self, executable: Any, results: Any, mesh: Mesh):
+        self._executable = executable
+        leaves, self._tree = jax.tree.flatten(results)
+        self._shapes = [leaf.shape for leaf in leaves]
+        self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+
+    def __call__(self, *args: Any) -> Any:
+        parts = self._executable.execute_sharded(jax.tree.leaves(args)).disassemble_into_single_device_arrays()
+        arrays = [
+            jax.make_array_from_single_device_arrays(shape, self._sharding, part)
+            for shape, part in zip(self._shapes, parts, strict=True)
+        ]
+        return jax.tree.unflatten(self._tree, arrays)
