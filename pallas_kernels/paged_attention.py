@@ -147,7 +147,7 @@ def _pallas_refuses(q: jax.Array, k_pages: jax.Array, sliding_window: int | None
     if head_dim not in (64, 128, 256) or page_len % 16:
         return f"expected head_dim 64, 128 or 256, page_len a multiple of 16, got {head_dim} and {page_len}"
     group = q.shape[2] // num_kv_heads
-    if group > 16 or group % 2:  # odd: a vector load of the sinks was misaligned on an H100, and no odd group was right yet
+    if group > 16 or group % 2:  # odd: with sinks a vector load was misaligned on an H100, without nobody has looked
         return f"expected an even number of query heads a KV head, at most 16, got {group}"
     return ""
 
