@@ -1,13 +1,16 @@
 """QuantizedExperts: a source whose experts are in the model's dtype, read as float8 with a scale a block."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmoe.device_params import ParamSource
 from jmoe.pallas_kernels.block_scaled import BLOCK, quantize_blocks
+
+if TYPE_CHECKING:
+    from jmoe.device_params import ParamSource
 
 _Key = tuple[str, tuple[int, ...], int, int]  # projection, experts, first block of rows, of columns
 
@@ -21,7 +24,7 @@ class QuantizedExperts:
       source: reads `[experts, in, out]` of any float type.
     """
 
-    def __init__(self, source: ParamSource):
+    def __init__(self, source: "ParamSource"):
         self._source = source
         self._quantize = jax.jit(lambda weights: quantize_blocks(jnp.swapaxes(weights, 0, 1)))
         self._scales: dict[_Key, np.ndarray] = {}  # of values that were read: 1/4096 of their bytes
