@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jmoe.pallas_kernels.block_scaled import dequantize_rows
 from jmoe.pallas_kernels.choice import by_platform
 
 Implementation = Literal["xla", "pallas", "reference"]
@@ -182,19 +183,16 @@ def _num_out(weights: Any) -> int:
 
 def _dense(weights: Any) -> jax.Array:
     """`[E, in, out]`, float32 where they were scaled."""
-    scales = getattr(weights, "scales", None)
-    if scales is None:
+    if getattr(weights, "scales", None) is None:
         return weights
-    _, num_out, num_in = weights.values.shape
-    wide = jnp.repeat(jnp.repeat(scales, SCALED, axis=1)[:, :num_out], SCALED, axis=2)[:, :, :num_in]
-    return jnp.swapaxes(weights.values.astype(jnp.float32) * wide, 1, 2)
+    return jnp.swapaxes(weights.dequantize(), 1, 2)
 
 
 def _dense_rows(operands: _Operands) -> jax.Array:
     rows, scales = operands.rows, operands.rows_scales
     if scales is None:
         return rows
-    return rows.astype(jnp.float32) * jnp.repeat(scales, SCALED, axis=1)[:, : rows.shape[1]]
+    return dequantize_rows(rows, scales)
 
 
 def _combine(products: list[jax.Array], row_weights: jax.Array | None) -> jax.Array:
