@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,13 +16,15 @@ from jmoe.cell_config import CellConfig
 from jmoe.compiled_programs import Program, load_program, program_key, save_program
 from jmoe.decode_loop import DeviceState, Role
 from jmoe.device_params import DeviceParams, ParamSource
-from jmoe.errors import SequenceMismatchError
-from jmoe.lowering import AbstractCell, Key, lower_program, on_each_device
+from jmoe.empty_state import EmptyState
+from jmoe.errors import ExchangeTimeoutError, SequenceMismatchError
+from jmoe.lowering import AbstractCell, Key, lower_program, on_each_device, slot_bytes
 from jmoe.models.model import Model
 from jmoe.pallas_kernels.choice import has_hopper
+from jmoe.pallas_kernels.push_plan import TIMED_OUT
 from jmoe.program_files import ProgramFiles
-from jmoe.sampling import TokenCounts
-from jmoe.sharding.meshes import from_shards, joint_mesh, local_devices
+from jmoe.sharding.mailboxes import Mailboxes
+from jmoe.sharding.meshes import from_shards, local_devices, program_mesh
 from jmoe.step_inputs import StepLayout
 from jmoe.weights_source import weights_source
 
@@ -43,7 +45,7 @@ class CellRuntime:
     Args:
       cell: sizes; its mesh gives the order of `devices`.
       devices: every device of the joint mesh in order, other processes' included.
-      role: what this process plays.
+      role: what this runtime plays.
       files: where compiled programs are found and kept; None compiles each one.
 
     Raises:
@@ -54,15 +56,18 @@ class CellRuntime:
         self.cell = cell
         self._files = files
         self.role: Role = role
-        self.mesh = joint_mesh(cell.mesh, devices)
-        self._local = local_devices(self.mesh)
+        self.mesh = program_mesh(cell.mesh, devices, role)
+        first_device = cell.mesh.program_devices(role).start
+        self._local = local_devices(self.mesh, first_device)
+        self._mailboxes: Mailboxes | None = None
         self._replicas = [  # (replica, device) of the first tensor ranks here: they answer for their replica
             (i // cell.mesh.attention_tensor, d)
             for i, d in self._local
             if cell.mesh.role(i) == "attention" and i % cell.mesh.attention_tensor == 0
         ]
-        self._params = DeviceParams(cell, self.mesh)
+        self._params = DeviceParams(cell, self.mesh, first_device)
         self._abstract = AbstractCell(cell, self.mesh, role)
+        self._empty = EmptyState(self._abstract, self.mesh, [device for _, device in self._local])
         self._programs: dict[Key, Program] = {}
         self._attention: dict[str, jax.Array] = {}
         self._experts: dict[str, jax.Array] = {}
@@ -95,14 +100,24 @@ class CellRuntime:
     def adopt(self, attention: dict[str, jax.Array], experts: dict[str, jax.Array]) -> None:
         """Takes arrays over the joint mesh as this process's weights (`AbstractCell.params`), with empty pages."""
         self._attention, self._experts = attention, experts
-        self._state = DeviceState(
-            sequence=self._filled((), np.int32),
-            pages=self._empty_pages() if self.has_attention else None,
-            next_ids=self._filled(self._abstract.slots_shape, np.int32) if self.has_attention else None,
-        )
+        self._state = self._empty.state()
+
+    def open_mailboxes(self) -> dict[int, bytes]:
+        """Opens the mailboxes of this process's devices (transport "push"); returns the peers' way to them, by device."""
+        self._mailboxes = Mailboxes(self.cell.mesh, self._local, slot_bytes(self.cell))
+        return self._mailboxes.handles()
+
+    def connect(self, handles: Mapping[int, bytes]) -> None:
+        """Connects the open mailboxes with all others of the cell; before the first call."""
+        if self._mailboxes is None:
+            raise ValueError("CellRuntime.connect: expected open mailboxes (open_mailboxes), got none")
+        self._mailboxes.connect(handles)
 
     def close(self) -> None:
-        """Lets go of weights, pages and programs."""
+        """Lets go of weights, pages, programs and mailboxes, the last when the calls in flight have ended."""
+        if self._mailboxes is not None:
+            jax.block_until_ready(self._state)
+            self._mailboxes.close()
         self._attention, self._experts, self._state = {}, {}, None
         self._programs.clear()
 
@@ -174,7 +189,8 @@ class CellRuntime:
             if self.has_attention and (array := getattr(emitted, name)) is not None
         }
         parts = {name: self._of_replicas(array) for name, array in brought.items()}
-        faults = [(s.index[0].start or 0, s.data) for s in fault.addressable_shards]
+        indices = {device: index for index, device in self._local}
+        faults = [(indices[s.device], s.data) for s in fault.addressable_shards]
         for part in (*(data for _, data in faults), *(data for datas in parts.values() for data in datas)):
             part.copy_to_host_async()
         return Submitted(faults, parts)
@@ -189,14 +205,15 @@ class CellRuntime:
 
         Raises:
           SequenceMismatchError: an exchange was out of step.
+      ExchangeTimeoutError: a peer's rows did not come.
         """
         for index, shard in submitted.faults:
             expected, got = np.asarray(shard)[0]
+            who = f"{self.cell.mesh.role(index)} device {index}"
+            if got == TIMED_OUT:
+                raise ExchangeTimeoutError(f"{who}: expected message {expected} of a peer, got none in time")
             if expected >= 0:
-                raise SequenceMismatchError(
-                    f"{self.cell.mesh.role(index)} device {index}: expected an exchange with sequence number "
-                    f"{expected}, got {got}"
-                )
+                raise SequenceMismatchError(f"{who}: expected an exchange with sequence number {expected}, got {got}")
         parts = {name: [np.asarray(data)[0] for data in datas] for name, datas in submitted.parts.items()}
         result: dict[str, Any] = {"dropped_rows": int(sum(parts.pop("dropped_rows")))}
         if self.has_attention:
@@ -231,7 +248,7 @@ class CellRuntime:
         """Puts one device of this process out of step; a drill for what `SequenceMismatchError` is for."""
         assert self._state is not None
         shards = {s.device: s.data for s in self._state.sequence.addressable_shards}
-        device = self.mesh.devices.flat[device_index]
+        device = dict(self._local)[device_index]
         shards[device] = jnp.full((1,), value, jnp.int32, device=device)
         sequence = from_shards(self.mesh, {d: shards[d] for _, d in self._local})
         self._state = dataclasses.replace(self._state, sequence=sequence)
@@ -241,7 +258,9 @@ class CellRuntime:
             raise ValueError("CellRuntime: expected load() before run()")
         counts = self._state.counts
         if key[1] and self.has_attention and counts is None:
-            counts = self._empty_counts()
+            counts = self._empty.counts()
+        if self.cell.mesh.roles_apart and self._state.mailbox is None:
+            self._state = dataclasses.replace(self._state, mailbox=self._mailbox_tables())
         self._state = dataclasses.replace(self._state, counts=counts)
         state = dataclasses.replace(self._state, counts=counts if key[1] else None)
         return self._attention, self._experts, state, self._inputs(key, inputs) if self.has_attention else None
@@ -268,17 +287,8 @@ class CellRuntime:
         shards = {s.device: s.data for s in array.addressable_shards}
         return [shards[device] for _, device in self._replicas]
 
-    def _filled(self, shape: tuple[int, ...], dtype) -> jax.Array:
-        """Zeros of `shape` on every device of this process."""
-        return from_shards(self.mesh, {d: jnp.zeros((1, *shape), dtype, device=d) for _, d in self._local})
-
-    def _empty_pages(self) -> list[tuple[jax.Array, jax.Array]]:
-        shape, dtype = self._abstract.page_shape(), self._abstract.page_dtype
-        return [(self._filled(shape, dtype), self._filled(shape, dtype)) for _ in range(self.cell.model.num_layers)]
-
-    def _empty_counts(self) -> list[TokenCounts]:
-        shape = (self.cell.rows, self.cell.model.vocab_size)
-        return [
-            TokenCounts(self._filled(shape, bool), self._filled(shape, np.int32))
-            for _ in range(self.cell.mesh.num_micro_batches)
-        ]
+    def _mailbox_tables(self) -> jax.Array:
+        """Where each device's peers get what it sends; ValueError before mailboxes are open and connected."""
+        if self._mailboxes is None:
+            raise ValueError("CellRuntime: expected open, connected mailboxes for the transport 'push', got none")
+        return from_shards(self.mesh, {d: jax.device_put(self._mailboxes.table(i)[None], d) for i, d in self._local})

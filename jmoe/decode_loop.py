@@ -15,8 +15,9 @@ from jmoe.role_programs import AttentionRole, ExpertRole, Lane
 from jmoe.rows import Rows
 from jmoe.sampling import TokenCounts, sample, token_logprobs
 from jmoe.schedule import build_schedule
-from jmoe.sharding.exchange import Chain, Exchange
+from jmoe.sharding.exchange import Chain
 from jmoe.sharding.shared_devices import SharedDevices
+from jmoe.sharding.transports import exchange_of
 from jmoe.step_inputs import StepLayout
 from jmoe.walk import BothRoles, OneRole, Work, walk
 
@@ -45,12 +46,15 @@ class DeviceState:
       counts: by micro-batch; only programs that sample touch them.
       next_ids: `[m, rows]` int32, the token that each decode slot feeds next, -1 where it has ended. So a call can
         start before the host has seen the tokens of the one before.
+      mailbox: `[words]` int32, where the peers' memory is (transport "push"): known at run time alone, so that a
+        compiled program holds no address.
     """
 
     sequence: jax.Array
     pages: list[tuple[jax.Array, jax.Array]] | None = None
     counts: list[TokenCounts] | None = None
     next_ids: jax.Array | None = None
+    mailbox: jax.Array | None = None
 
 
 class CellProgram:
@@ -60,11 +64,11 @@ class CellProgram:
       cell: sizes.
       kind: "prefill" (one chunk a micro-batch, one pass) or "decode" (num_steps passes).
       sampling: False compiles argmax only.
-      role: the role that the calling process plays, "inline" for both under a conditional, or "colocated" for both on
-        every device.
+      role: the role that the program plays, "inline" for both under a conditional, or "colocated" for both on every
+        device.
 
     Raises:
-      ValueError: "colocated" for a cell of two meshes, or another role for a colocated one.
+      ValueError: "colocated" for a cell of two meshes, another role for a colocated one, or "inline" for roles apart.
     """
 
     def __init__(self, cell: CellConfig, kind: Literal["prefill", "decode"], sampling: bool, role: Role):
@@ -81,7 +85,7 @@ class CellProgram:
             self.devices = SharedDevices.of(mesh, model.hidden_size)
             return
         capacity = self.layout.num_rows * self.layout.num_tokens
-        self.exchange = Exchange.of(mesh, model.hidden_size, capacity, model.num_experts_per_tok, model.dtype)
+        self.exchange = exchange_of(mesh, role, model.hidden_size, capacity, model.num_experts_per_tok, model.dtype)
         assert mesh.directions != "auto"
         self.schedule = build_schedule(len(model.moe_layers), mesh.num_micro_batches, mesh.directions)
 
@@ -136,7 +140,7 @@ class CellProgram:
             else:
                 lanes = [attention.empty_lane() for _ in rows] if attention is not None else []
                 work = Work(lanes, rows, list(pages))
-                chain = walk(self.schedule, cast, self.exchange, work, Chain.start(sequence))
+                chain = walk(self.schedule, cast, self.exchange, work, Chain.start(sequence, mailbox=state.mailbox))
                 fault = jnp.where(fault[0] < 0, chain.fault(), fault)
                 lanes, rows, pages, sequence = work.lanes, work.rows, work.pages, chain.sequence
             if attention is not None:
@@ -151,7 +155,7 @@ class CellProgram:
             carry = jax.lax.fori_loop(0, self.num_steps, step, start)
         after, pages, counts, emitted, sequence, fault, dropped = carry
         if attention is None:
-            return DeviceState(sequence, counts=counts), emitted, fault, dropped
+            return DeviceState(sequence, counts=counts, mailbox=state.mailbox), emitted, fault, dropped
         assert emitted is not None and state.next_ids is not None
         if self.kind == "decode":
             next_ids = [r.next_ids(*old) for r, *old in zip(after, state.next_ids, started, strict=True)]
@@ -159,7 +163,8 @@ class CellProgram:
             next_ids = [
                 r.first_ids(old, ids) for r, old, ids in zip(rows, state.next_ids, emitted.tokens[0], strict=True)
             ]
-        return DeviceState(sequence, pages, counts, jnp.stack(next_ids)), emitted, fault, dropped
+        kept = DeviceState(sequence, pages, counts, jnp.stack(next_ids), state.mailbox)
+        return kept, emitted, fault, dropped
 
     def _nothing(self) -> Emitted:
         shape = (self.num_steps, self.cell.mesh.num_micro_batches, self.layout.num_rows)

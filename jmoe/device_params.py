@@ -47,13 +47,14 @@ class DeviceParams:
 
     Args:
       cell: model, meshes, placement.
-      mesh: the joint mesh; only this process's devices get anything.
+      mesh: the program's; only this process's devices get anything.
+      first_device: index on the joint axis of the mesh's first device.
     """
 
-    def __init__(self, cell: CellConfig, mesh: Mesh):
+    def __init__(self, cell: CellConfig, mesh: Mesh, first_device: int = 0):
         self.cell = cell
         self.mesh = mesh
-        self._local = local_devices(mesh)
+        self._local = local_devices(mesh, first_device)
         self._idle: dict[tuple[jax.Device, tuple[int, ...], np.dtype], jax.Array] = {}
         specs = array_specs(cell.model)
         self.specs = {"attention": specs[0], "expert": specs[1]}

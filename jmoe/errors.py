@@ -11,3 +11,7 @@ class CellFailedError(JmoeError):
 
 class SequenceMismatchError(CellFailedError):
     """An exchange carried a sequence number other than the receiver's: the two role programs are out of step."""
+
+
+class ExchangeTimeoutError(CellFailedError):
+    """A device waited for its peer's rows longer than it may: the peer's program has failed, or never started."""

@@ -1,4 +1,4 @@
-"""Lowering: a cell's programs over the joint mesh from abstract arrays alone, so they compile before weights arrive.
+"""Lowering: a cell's programs over their mesh from abstract arrays alone, so they compile before weights arrive.
 
 The same lowering serves real devices and the ahead-of-time compiler's imaginary ones.
 """
@@ -15,15 +15,17 @@ from jmoe.cell_config import CellConfig
 from jmoe.decode_loop import CellProgram, DeviceState, Emitted, Role
 from jmoe.models.model import array_specs
 from jmoe.sampling import TokenCounts
+from jmoe.sharding.mailboxes import table_shape
 from jmoe.sharding.mesh_config import AXIS
 from jmoe.sharding.partition import tensor_share
+from jmoe.sharding.push_exchange import PushExchange
 from jmoe.step_inputs import StepLayout
 
 Key: TypeAlias = tuple[Literal["prefill", "decode"], bool]  # (kind, sampling)
 
 
 class AbstractCell:
-    """Shapes of everything that one device holds, as arrays over the joint mesh (the leading axis is the device)."""
+    """Shapes of everything that one device holds, as arrays over the program's mesh (the leading axis is the device)."""
 
     def __init__(self, cell: CellConfig, mesh: Mesh, role: Role):
         self.cell = cell
@@ -64,9 +66,11 @@ class AbstractCell:
 
     def state(self, sampling: bool) -> DeviceState:
         """What is kept from call to call."""
-        sequence = self._abstract((), np.int32)
+        sequence, mailbox = self._abstract((), np.int32), None
+        if self.cell.mesh.roles_apart:
+            mailbox = self._abstract(table_shape(self.cell.mesh), np.int32)
         if self.role == "expert":
-            return DeviceState(sequence)
+            return DeviceState(sequence, mailbox=mailbox)
         pages = self._abstract(self.page_shape(), self.page_dtype)
         table = (self.cell.rows, self.cell.model.vocab_size)
         counts = TokenCounts(self._abstract(table, bool), self._abstract(table, np.int32))
@@ -75,6 +79,7 @@ class AbstractCell:
             [(pages, pages)] * self.cell.model.num_layers,
             [counts] * self.cell.mesh.num_micro_batches if sampling else None,
             self._abstract(self.slots_shape, np.int32),
+            mailbox,
         )
 
     def inputs(self, kind: Literal["prefill", "decode"]) -> jax.ShapeDtypeStruct | None:
@@ -114,12 +119,22 @@ def on_each_device(function: Callable[..., Any], mesh: Mesh) -> Callable[..., An
     return jax.shard_map(wrapped, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
 
 
+def slot_bytes(cell: CellConfig) -> int:
+    """What a mailbox slot must hold: the largest message of the cell's programs (transport "push")."""
+    sizes = []
+    for kind in ("prefill", "decode"):
+        exchange = CellProgram(cell, kind, False, "attention").exchange
+        assert isinstance(exchange, PushExchange)
+        sizes.append(exchange.slot_bytes)
+    return max(sizes)
+
+
 def lower_program(cell: CellConfig, mesh: Mesh, role: Role, key: Key) -> jax.stages.Lowered:
     """Traces one program of a cell for the role that the calling process plays.
 
     Args:
       cell: sizes.
-      mesh: the joint mesh, of real devices or of a topology's.
+      mesh: `program_mesh` of the role, of real devices or of a topology's.
       role: "attention", "expert", "inline" or "colocated".
       key: (kind, sampling).
 

@@ -17,7 +17,7 @@ from jmoe.pallas_kernels.place_heads import place_heads
 from jmoe.rows import Rows
 from jmoe.schedule import Stage
 from jmoe.sharding.exchange import Box, Exchange
-from jmoe.sharding.mesh_config import AXIS
+from jmoe.sharding.meshes import device_index
 from jmoe.sharding.routing import Routes, route_rows, rows_at, sum_partials
 from jmoe.sharding.tensor_group import TensorGroup
 
@@ -146,24 +146,26 @@ class AttentionRole:
     def _dispatch(self, h: jax.Array, routes: Routes) -> Box:
         """Rows `[tokens, D]` into the boxes of the rounds' nodes, each this rank's slice."""
         rounds = self.exchange.rounds
-        device = jax.lax.axis_index(AXIS)
+        device = device_index(self.cell.mesh, "attention")
         peer, slice_idx = rows_at(jnp.asarray(rounds.peer), device), rows_at(jnp.asarray(rounds.slice_idx), device)
         node = jnp.maximum(peer, 0)
         order = rows_at(routes.order, node)
         slices = h.reshape(h.shape[0] * rounds.num_slices, -1)
-        return Box(
-            hidden=rows_at(slices, order * rounds.num_slices + slice_idx[:, None]),
+        box = Box(
+            hidden=slices,
             topk_weights=rows_at(routes.topk_weights, node),
             local_idx=rows_at(routes.local_idx, node),
             slot=order,
             num_rows=jnp.where(peer >= 0, rows_at(routes.num_rows, node), 0),
+            row_index=order * rounds.num_slices + slice_idx[:, None],
         )
+        return box if self.cell.mesh.roles_apart else box.gathered()  # a push gathers as it sends
 
     def _combine(self, box: Box, routes: Routes) -> jax.Array:
         """Partial sums back to their tokens: `[tokens, D]` float32."""
         rounds = self.exchange.rounds
         mine = rounds.round_of[:, : self.cell.mesh.expert, : rounds.num_slices // self.tensor.size]
-        round_of = rows_at(jnp.asarray(mine), jax.lax.axis_index(AXIS))  # [N, slices]
+        round_of = rows_at(jnp.asarray(mine), device_index(self.cell.mesh, "attention"))  # [N, slices]
         partials = jnp.swapaxes(rows_at(box.hidden, round_of), 1, 2)  # [N, capacity, slices, width]
         total = sum_partials(partials.reshape(*partials.shape[:2], -1), routes.position)
         total = self.tensor.gather(total.reshape(total.shape[0], round_of.shape[1], -1))  # [ranks, tokens, slices, w]
@@ -192,7 +194,7 @@ class ExpertRole:
     def stage(self, stage: Stage, inbox: Box) -> Box:
         """Every replica's rows through this node's experts; one weighted partial sum a row, in the order received."""
         rounds, f = self.exchange.rounds, self.exchange.format
-        device = jax.lax.axis_index(AXIS)
+        device = device_index(self.cell.mesh, "expert")
         mine = rounds.round_of[:, : self.cell.mesh.attention, : rounds.num_slices // self.tensor.size]
         round_of = rows_at(jnp.asarray(mine), device)  # [M, slices]
         hidden = self.tensor.gather(rows_at(inbox.hidden, round_of))  # [ranks, M, slices, capacity, width]
@@ -201,7 +203,7 @@ class ExpertRole:
         num_rows = rows_at(inbox.num_rows, first)  # [M]
         valid = jnp.arange(f.capacity, dtype=jnp.int32) < num_rows[:, None]
         local_idx = jnp.where(valid[..., None], rows_at(inbox.local_idx, first), -1)
-        topk_weights = rows_at(inbox.topk_weights, first)
+        topk_weights = jnp.where(valid[..., None], rows_at(inbox.topk_weights, first), 0)
         rows = jnp.where(valid.reshape(-1, 1), rows, 0)
         flat = (local_idx.reshape(len(rows), -1), topk_weights.reshape(len(rows), -1))
         sums = self.tensor.sum(self.partial_sums(stage.layer, rows, *flat)).astype(f.dtype)

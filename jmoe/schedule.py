@@ -45,13 +45,14 @@ class Schedule:
       num_layers: MoE layers, L. Attention runs stages 0..L for each micro-batch (L is the head), experts 0..L-1.
       num_micro_batches: m.
       directions: "both": an exchange may carry a dispatch and a combine, and a stage lasts one tick (lockstep).
-        "one": an exchange carries one of them, and a stage lasts two ticks, one exchange in each.
+        "one": an exchange carries one of them, and a stage lasts two ticks, one exchange in each. "separate": the
+        stages and messages of "one", but the roles call no exchange together: see `ticks_of`.
       ticks: the ticks in which anything starts.
     """
 
     num_layers: int
     num_micro_batches: int
-    directions: Literal["one", "both"]
+    directions: Literal["one", "both", "separate"]
     ticks: tuple[Tick, ...]
 
     @property
@@ -64,8 +65,34 @@ class Schedule:
         """The chain: every exchange in the order in which both roles call them."""
         return tuple(t.exchange for t in self.ticks if t.exchange is not None)
 
+    def ticks_of(self, role: Literal["attention", "expert"]) -> tuple[Tick, ...]:
+        """What one role walks: its stages in order, and the exchanges that it calls.
 
-def build_schedule(num_layers: int, num_micro_batches: int, directions: Literal["one", "both"]) -> Schedule:
+        With "separate" an exchange stands before each stage: it sends what the stage before has made and waits for what
+        this one reads, whatever the other role calls meanwhile. Messages of one direction keep their order, and m of
+        them at most are under way: a role sends its n-th after it has used the (n - m)-th of the other direction.
+        """
+        if self.directions != "separate":
+            return self.ticks
+        stages = [s for t in self.ticks if (s := t.attention if role == "attention" else t.expert) is not None]
+        made: list[Stage | None] = [None, *(s if s.layer < self.num_layers else None for s in stages)]
+        if role == "attention":
+            needed = [Stage(s.layer - 1, s.micro_batch) if s.layer else None for s in stages]
+            calls = [_exchange(out, back) for out, back in zip(made, [*needed, None], strict=True)]
+            ticks = [Tick(attention=s, exchange=call) for s, call in zip([*stages, None], calls, strict=True)]
+        else:
+            calls = [_exchange(out, back) for out, back in zip([*stages, None], made, strict=True)]
+            ticks = [Tick(expert=s, exchange=call) for s, call in zip([*stages, None], calls, strict=True)]
+        return tuple(tick for tick in ticks if tick != Tick())
+
+
+def _exchange(dispatch: Stage | None, combine: Stage | None) -> Exchange | None:
+    return Exchange(dispatch, combine) if dispatch or combine else None
+
+
+def build_schedule(
+    num_layers: int, num_micro_batches: int, directions: Literal["one", "both", "separate"]
+) -> Schedule:
     """Builds the ping-pong order for any number of layers and micro-batches.
 
     With c ticks to a stage and one to an exchange, attention of (layer l, micro-batch i) starts in tick
@@ -77,7 +104,7 @@ def build_schedule(num_layers: int, num_micro_batches: int, directions: Literal[
     Args:
       num_layers: MoE layers, L >= 1.
       num_micro_batches: m >= 1.
-      directions: "both" for lockstep, "one" for one direction an exchange.
+      directions: "both" for lockstep, "one" for one direction an exchange, "separate" for roles that call alone.
 
     Returns:
       The schedule; ticks in which nothing starts are left out.
@@ -92,8 +119,8 @@ def build_schedule(num_layers: int, num_micro_batches: int, directions: Literal[
             f"build_schedule: expected num_layers and num_micro_batches of at least 1, "
             f"got {num_layers} and {num_micro_batches}"
         )
-    if directions not in ("one", "both"):
-        raise ValueError(f"build_schedule: expected directions 'one' or 'both', got {directions!r}")
+    if directions not in ("one", "both", "separate"):
+        raise ValueError(f"build_schedule: expected directions 'one', 'both' or 'separate', got {directions!r}")
     span = 1 if directions == "both" else 2
     period = max(num_micro_batches, 4 if directions == "both" else 3)
     attention: dict[int, Stage] = {}

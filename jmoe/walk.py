@@ -28,7 +28,10 @@ class Work:
 
 
 class Cast(Protocol):
-    """The roles that this program plays."""
+    """The roles that this program plays; None for one that it does not."""
+
+    attention: AttentionRole | None
+    expert: ExpertRole | None
 
     def compute(
         self, attention: Stage | None, expert: Stage | None, work: Work, combined: Box | None, dispatched: Box | None
@@ -42,6 +45,10 @@ class Cast(Protocol):
 
     def fences(self, tick: Tick) -> bool:
         """Whether what came before must be done before this tick starts: where a stage of this role starts."""
+        ...
+
+    def ticks(self, schedule: Schedule) -> tuple[Tick, ...]:
+        """What this program walks of a schedule."""
         ...
 
 
@@ -65,6 +72,9 @@ class OneRole:
 
     def fences(self, tick):
         return (tick.attention if self.attention is not None else tick.expert) is not None
+
+    def ticks(self, schedule):
+        return schedule.ticks_of("attention" if self.attention is not None else "expert")
 
 
 class BothRoles:
@@ -101,6 +111,9 @@ class BothRoles:
         # One fence a period for both roles; with two ticks to a stage, the experts' stage starts within it.
         return tick.attention is not None
 
+    def ticks(self, schedule):
+        return schedule.ticks
+
     def merge(self, outward, back):
         if outward is back or back is None or outward is None:
             return outward or back or self.exchange.empty_box()
@@ -136,8 +149,10 @@ def _fence(work: Work, chain: Chain, *waiting: dict[Stage, Any]) -> Chain:
 def walk(schedule: Schedule, cast: Cast, exchange: Exchange, work: Work, chain: Chain) -> Chain:
     """One pass over all layers and micro-batches: each tick's exchange first, then what the tick computes.
 
-    Nothing in a tick reads what the same tick makes, so XLA may run its exchange beside its stages. Without a fence it
-    also runs every micro-batch's stage before the first exchange, which fills no pipeline.
+    Where the roles call exchanges together, nothing in a tick reads what the same tick makes, so XLA may run its
+    exchange beside its stages. Without a fence it also runs every micro-batch's stage before the first exchange, which
+    fills no pipeline. With "separate" directions a stage waits for the exchange before it, and the fence stands between
+    them: what was made goes out before the next stage starts, on the one stream that the device has for both.
 
     Returns:
       The chain; `work` holds the lanes after the last stage and the pages with the new tokens.
@@ -146,9 +161,9 @@ def walk(schedule: Schedule, cast: Cast, exchange: Exchange, work: Work, chain: 
     back: dict[Stage, Box | None] = {}
     dispatched: dict[Stage, Box] = {}
     combined: dict[Stage, Box] = {}
-    for tick in schedule.ticks:
-        arrived = None
-        if cast.fences(tick):
+    apart = schedule.directions == "separate"
+    for tick in cast.ticks(schedule):
+        if cast.fences(tick) and not apart:
             chain = _fence(work, chain, outward, back, dispatched, combined)
         if tick.exchange is not None:
             sends: ScheduledExchange = tick.exchange
@@ -156,20 +171,21 @@ def walk(schedule: Schedule, cast: Cast, exchange: Exchange, work: Work, chain: 
             arrived, chain = exchange(
                 box, chain, dispatch=sends.dispatch is not None, combine=sends.combine is not None
             )
+            if sends.dispatch is not None and cast.expert is not None:
+                dispatched[sends.dispatch] = arrived
+            if sends.combine is not None and cast.attention is not None:
+                combined[sends.combine] = arrived
+        if cast.fences(tick) and apart:
+            chain = _fence(work, chain, outward, back, dispatched, combined)
         if tick.attention is not None or tick.expert is not None:
             before = Stage(tick.attention.layer - 1, tick.attention.micro_batch) if tick.attention else None
             box = cast.compute(
                 tick.attention, tick.expert, work,
                 combined.pop(before, None) if before else None,
-                dispatched.pop(tick.expert) if tick.expert else None,
+                dispatched.pop(tick.expert, None) if tick.expert else None,
             )  # fmt: skip
             if tick.attention is not None:
                 outward[tick.attention] = box
             if tick.expert is not None:
                 back[tick.expert] = box
-        if tick.exchange is not None and arrived is not None:
-            if tick.exchange.dispatch is not None:
-                dispatched[tick.exchange.dispatch] = arrived
-            if tick.exchange.combine is not None:
-                combined[tick.exchange.combine] = arrived
     return chain

@@ -1,10 +1,11 @@
 """Typed errors: what a caller can catch, and which gRPC status each becomes. No JAX."""
 
-from jmoe.errors import CellFailedError, JmoeError, SequenceMismatchError
+from jmoe.errors import CellFailedError, ExchangeTimeoutError, JmoeError, SequenceMismatchError
 
 __all__ = [
     "CellFailedError",
     "EngineClosedError",
+    "ExchangeTimeoutError",
     "JmoeError",
     "QueueFullError",
     "SequenceMismatchError",
@@ -27,3 +28,11 @@ class WorkerDiedError(CellFailedError):
 
 class StepTimeoutError(CellFailedError):
     """A command was not answered within its deadline."""
+
+
+REPORTED: dict[str, type[Exception]] = {  # what a worker may report by its own name
+    "SequenceMismatchError": SequenceMismatchError,
+    "ExchangeTimeoutError": ExchangeTimeoutError,
+    "ValueError": ValueError,  # a checkpoint or a configuration that does not fit, with a sentence
+    "FileNotFoundError": FileNotFoundError,
+}

@@ -14,13 +14,14 @@ from jmoe.serving.engine import Engine
 from jmoe.serving.engine_config import EngineConfig
 from jmoe.serving.errors import CellFailedError, QueueFullError
 from jmoe.serving.executors.protocol import Executor, ProgramKey
-from jmoe.serving.host_devices import default_mesh
+from jmoe.serving.host_devices import default_mesh, detect_platform
 from jmoe.serving.metrics import Metrics
 from jmoe.serving.process_options import ProcessOptions
 from jmoe.serving.prompts import Prompt, is_one_prompt, prompt_ids
 from jmoe.serving.requests import RequestOutput, SamplingParams
 from jmoe.serving.sizes import CellSizes
 from jmoe.serving.text.tokenizer import Tokenizer
+from jmoe.serving.transport import choose_transport
 from jmoe.sharding.mesh_config import MeshConfig
 
 if TYPE_CHECKING:
@@ -271,7 +272,9 @@ def serve(
     say = progress or (lambda line: None)
     say("reading the model's configuration")
     config, text = _describe(model, tokenizer)
-    cell = (sizes or CellSizes(**size_options)).resolve(config, mesh_cfg or default_mesh())
+    mesh = mesh_cfg or default_mesh()
+    transport = choose_transport(mesh, detect_platform(), executor, processes)
+    cell = (sizes or CellSizes(**size_options)).resolve(config, mesh, transport)
     forms = {"greedy": (False,), "all": (False, True), "none": ()}[programs]
     keys = [ProgramKey(kind, form) for form in forms for kind in ("prefill", "decode")]
     running = create_executor(model, cell, executor, say, keys, processes, compile_cache)

@@ -50,8 +50,10 @@ class CellSizes:
         if self.quantization not in (None, *QUANTIZATIONS):
             raise ValueError(f"quantization: expected 'fp8' or 'none', got {self.quantization!r}")
 
-    def resolve(self, model: ModelConfig, mesh: MeshConfig) -> CellConfig:
-        """Returns the cell in which nothing is left open.
+    def resolve(
+        self, model: ModelConfig, mesh: MeshConfig, best_transport: Literal["ppermute", "push"] = "ppermute"
+    ) -> CellConfig:
+        """Returns the cell in which nothing is left open; `best_transport` is what the mesh's "auto" stands for.
 
         Raises:
           ValueError: sizes that don't fit the model or one another.
@@ -62,7 +64,7 @@ class CellSizes:
         expert_dtype = QUANTIZATIONS[self.quantization] if self.quantization else model.expert_dtype
         return CellConfig(
             model=dataclasses.replace(model, dtype=self.dtype or model.dtype, expert_dtype=expert_dtype),
-            mesh=mesh.resolve(model.num_experts),
+            mesh=mesh.resolve(model.num_experts, best_transport),
             rows=rows,
             chunk_len=self.chunk_len or min(64, max_len),
             num_steps=self.num_steps or 4,

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from jmoe.serving.command import Command
 from jmoe.serving.deadlines import Deadlines
-from jmoe.serving.errors import CellFailedError, SequenceMismatchError, StepTimeoutError, WorkerDiedError
+from jmoe.serving.errors import REPORTED, CellFailedError, SequenceMismatchError, StepTimeoutError, WorkerDiedError
 from jmoe.serving.wire import WireError, encode
 from jmoe.serving.worker_process import end_processes
 from jmoe.serving.worker_start import Worker, WorkerPlace, WorkerStart
@@ -23,11 +23,6 @@ from jmoe.serving.worker_start import Worker, WorkerPlace, WorkerStart
 _POLL_S = 0.1  # between looks at exits and clocks; messages and closed connections wake the thread at once
 _SETTLE_S = 0.2  # after a first sign of failure: a peer's death shows within this, and is the better explanation
 _STALL_S = 1.0  # this process itself stood still for longer: heartbeats are still in the sockets
-_ERRORS: dict[str, type[Exception]] = {
-    "SequenceMismatchError": SequenceMismatchError,
-    "ValueError": ValueError,  # a checkpoint or a configuration that does not fit, with a sentence
-    "FileNotFoundError": FileNotFoundError,
-}
 
 
 class Supervisor:
@@ -169,7 +164,7 @@ class Supervisor:
             self._leave()
             failure = CellFailedError("the cell's workers were ended by close()")
         except Exception as e:
-            expected = isinstance(e, (CellFailedError, *_ERRORS.values()))
+            expected = isinstance(e, (CellFailedError, *REPORTED.values()))
             failure = e if expected else CellFailedError(f"supervisor: {type(e).__name__}: {e}")
         self._end_by_force()  # before anybody hears of it: whoever catches the error finds no worker running
         self._selector.close()
@@ -249,13 +244,14 @@ class Supervisor:
     def _reported(self, worker: Worker, command: Command, message: dict[str, Any]) -> Exception:
         """The error that a worker reports, unless a peer's death explains it."""
         name, text = str(message.get("error")), str(message.get("text"))
-        if name in _ERRORS:
-            return _ERRORS[name](f"{worker.place.name}: {text}" if name == "SequenceMismatchError" else text)
+        if name in REPORTED and name != "ExchangeTimeoutError":
+            return REPORTED[name](f"{worker.place.name}: {text}" if name == "SequenceMismatchError" else text)
         time.sleep(_SETTLE_S)
         for other in self._workers:
             if other is not worker and other.process and not other.process.alive:
                 return self._death_of(other)
-        return CellFailedError(f"{worker.place.name}: {command.kind} failed: {name}: {text}")
+        failed = f"{worker.place.name}: {command.kind} failed: {name}: {text}"
+        return REPORTED[name](failed) if name in REPORTED else CellFailedError(failed)
 
     def _death_of(self, worker: Worker, when: str = "") -> Exception:
         """The death of a worker, or of the peer that took it along (JAX aborts when its coordinator is gone)."""

@@ -21,7 +21,7 @@ import numpy as np
 
 from jmoe.serving.errors import CellFailedError
 
-PROTOCOL = 1  # changes with any change of the frames or of the commands
+PROTOCOL = 2  # changes with any change of the frames or of the commands
 MAX_FRAME_BYTES = 64 << 20  # 256 slots x 32 steps x 20 top log-probabilities are 2 MB; 64 MiB leaves room
 MAX_HANDSHAKE_BYTES = 1024  # all that an unproven peer may make us hold
 MIN_TOKEN_LEN = 16

@@ -44,6 +44,10 @@ _PR_SET_PDEATHSIG = 1
 class Runtime(Protocol):
     """What a worker does with its devices (`jmoe.cell_runtime.CellRuntime`; tests have a fake one)."""
 
+    def open_mailboxes(self) -> dict[int, bytes]: ...
+
+    def connect(self, handles: Mapping[int, bytes]) -> None: ...
+
     def load(self, source: str, progress: Callable[[str], None]) -> None: ...
 
     def compile(self, *keys: ProgramKey) -> str: ...
@@ -223,7 +227,13 @@ def _execute(runtime: Runtime | None, command: dict[str, Any], channel: Channel)
     if kind == "load":
         _load(runtime, command, channel)
         return _nothing
-    raise SequenceMismatchError(f"command kind: expected init, load, compile, run or stop, got {str(kind)[:40]!r}")
+    if kind == "mailboxes":
+        return functools.partial(list, runtime.open_mailboxes().items())
+    if kind == "connect":
+        runtime.connect({int(device): bytes(handle) for device, handle in command["handles"]})
+        return _nothing
+    known = "init, load, compile, mailboxes, connect, run or stop"
+    raise SequenceMismatchError(f"command kind: expected {known}, got {str(kind)[:40]!r}")
 
 
 def _load(runtime: Runtime, command: dict[str, Any], channel: Channel) -> None:

@@ -7,6 +7,8 @@ from typing import Literal
 from jmoe.sharding.placement import ExpertPlacement
 
 AXIS = "device"  # the one axis of the joint mesh: attention devices first, then expert devices
+DIRECTIONS = ("auto", "one", "both", "separate")
+TRANSPORTS = ("auto", "ppermute", "push")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,8 +23,11 @@ class MeshConfig:
       expert_tensor: tensor-parallel ranks of one expert node.
       placement: which node holds which experts; None means contiguous and balanced.
       directions: "both" lets one exchange carry a dispatch and a combine (lockstep, fills at m = 4), "one" gives
-        each its own (fills at m = 3), "auto" takes "both" from m = 4 on.
-      transport: how rows travel: "ppermute", or "auto" for the best supported one.
+        each its own (fills at m = 3), "separate" lets each role send what it has made and wait for what it needs next
+        (transport "push" alone; fills at m = 3). "auto" takes "separate" with "push", else "both" from m = 4 on.
+      transport: how rows travel: "ppermute" (anywhere), "push" (a kernel that writes into its peers' memory: GPUs of
+        one host, and virtual CPU devices of one process), or "auto" for the best supported one. With "push" each role
+        is a program of its own over its own devices.
       colocated: every device plays both roles, so there is one set of devices, no exchange between meshes, and
         `directions` and `transport` say nothing. `MeshConfig.colocate` is the short way to make one.
 
@@ -37,18 +42,21 @@ class MeshConfig:
     attention_tensor: int = 1
     expert_tensor: int = 1
     placement: ExpertPlacement | None = None
-    directions: Literal["auto", "one", "both"] = "auto"
-    transport: Literal["auto", "ppermute"] = "auto"
+    directions: Literal["auto", "one", "both", "separate"] = "auto"
+    transport: Literal["auto", "ppermute", "push"] = "auto"
     colocated: bool = False
 
     def __post_init__(self):
         for name in ("attention", "expert", "num_micro_batches", "attention_tensor", "expert_tensor"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"MeshConfig.{name}: expected at least 1, got {value}")
-        if self.directions not in ("auto", "one", "both"):
-            raise ValueError(f"MeshConfig.directions: expected 'auto', 'one' or 'both', got {self.directions!r}")
-        if self.transport not in ("auto", "ppermute"):
-            raise ValueError(f"MeshConfig.transport: expected 'auto' or 'ppermute', got {self.transport!r}")
+        for name, known in (("directions", DIRECTIONS), ("transport", TRANSPORTS)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"MeshConfig.{name}: expected one of {', '.join(known)}, got {value!r}")
+        if self.directions == "separate" and self.transport == "ppermute":
+            raise ValueError("MeshConfig.directions: expected 'one' or 'both' with 'ppermute', got 'separate'")
+        if self.colocated and self.transport == "push":
+            raise ValueError("MeshConfig.transport: expected none for a colocated mesh (it has no exchange), got 'push'")
         if self.placement is not None and self.placement.num_nodes != self.expert:
             raise ValueError(
                 f"MeshConfig.placement: expected {self.expert} nodes (MeshConfig.expert), "
@@ -104,6 +112,18 @@ class MeshConfig:
         return 0 if self.colocated else self.num_attention_devices
 
     @property
+    def roles_apart(self) -> bool:
+        """Whether each role's program runs over that role's devices alone: nothing of XLA's joins the two."""
+        return self.transport == "push"
+
+    def program_devices(self, role: str) -> range:
+        """Indices on the joint axis of the devices that a role's program runs over: all of them, or the role's own."""
+        if not self.roles_apart:
+            return range(self.num_devices)
+        attention = self.num_attention_devices
+        return range(attention) if role == "attention" else range(attention, self.num_devices)
+
+    @property
     def num_slices(self) -> int:
         """Slices that a hidden vector is cut into on the wire, so that every tensor rank carries its share."""
         return math.lcm(self.attention_tensor, self.expert_tensor)
@@ -124,14 +144,23 @@ class MeshConfig:
         """Whether a device on the joint axis plays a role."""
         return self.colocated or self.role(device) == role
 
-    def resolve(self, num_experts: int) -> "MeshConfig":
-        """Returns a config in which nothing is left to "auto" and the placement is explicit."""
+    def resolve(self, num_experts: int, best_transport: Literal["ppermute", "push"] = "ppermute") -> "MeshConfig":
+        """Returns a config in which nothing is left to "auto" and the placement is explicit.
+
+        Args:
+          num_experts: of the model.
+          best_transport: what "auto" stands for, which depends on the devices (`jmoe.serving.transport`).
+        """
         placement = self.placement or ExpertPlacement.balanced(num_experts, self.expert)
         if placement.num_experts != num_experts:
             raise ValueError(
                 f"MeshConfig.placement: expected {num_experts} experts (the model's), got {placement.num_experts}"
             )
-        directions = self.directions
-        if directions == "auto":
+        transport, directions = self.transport, self.directions
+        if transport == "auto":
+            transport = "ppermute" if self.colocated else best_transport
+        if directions == "auto" and transport == "push":
+            directions = "separate"
+        elif directions == "auto":
             directions = "both" if self.num_micro_batches >= 4 else "one"
-        return dataclasses.replace(self, placement=placement, directions=directions, transport="ppermute")
+        return dataclasses.replace(self, placement=placement, directions=directions, transport=transport)

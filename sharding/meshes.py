@@ -24,6 +24,21 @@ def joint_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(np.array(devices[: config.num_devices]), (AXIS,))
 
 
+def program_mesh(config: MeshConfig, devices: Sequence[jax.Device], role: str) -> Mesh:
+    """What a role's program runs over: the joint mesh, or where roles stand apart the role's own devices of it.
+
+    Raises:
+      ValueError: too few devices for the joint mesh.
+    """
+    own = config.program_devices(role)
+    return Mesh(joint_mesh(config, devices).devices[own.start : own.stop], (AXIS,))
+
+
+def device_index(config: MeshConfig, role: str) -> jax.Array:
+    """This device's index on the joint axis, int32, within a program of a role."""
+    return jax.lax.axis_index(AXIS) + config.program_devices(role).start
+
+
 def from_shards(mesh: Mesh, shards: dict[jax.Device, jax.Array]) -> jax.Array:
     """A global array whose leading axis is the device: this process's shards, each `[1, ...]` on its device.
 
@@ -34,7 +49,7 @@ def from_shards(mesh: Mesh, shards: dict[jax.Device, jax.Array]) -> jax.Array:
     return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, PartitionSpec(AXIS)), parts)
 
 
-def local_devices(mesh: Mesh) -> list[tuple[int, jax.Device]]:
-    """(index on the joint axis, device) of the devices that this process holds."""
+def local_devices(mesh: Mesh, first_device: int = 0) -> list[tuple[int, jax.Device]]:
+    """(index on the joint axis, device) of the devices that this process holds; the mesh begins at `first_device`."""
     here = jax.process_index()
-    return [(i, d) for i, d in enumerate(mesh.devices.flat) if d.process_index == here]
+    return [(i, d) for i, d in enumerate(mesh.devices.flat, first_device) if d.process_index == here]

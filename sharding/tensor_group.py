@@ -12,8 +12,8 @@ from jmoe.sharding.mesh_config import AXIS, MeshConfig
 class TensorGroup:
     """The tensor ranks of this device's node; with size 1 every operation is the identity.
 
-    `groups` partition the whole joint axis (the other role's devices stand alone), so that only devices of one role
-    take part: a program of one role may call these although the other role's program does not.
+    `groups` partition the axis of the program (the other role's devices, if they are on it, stand alone), so that only
+    devices of one role take part: a program of one role may call these although the other role's program does not.
     """
 
     size: int = 1
@@ -29,8 +29,10 @@ class TensorGroup:
             if role == "attention"
             else (mesh.first_expert_device, total, mesh.expert_tensor)
         )
+        devices = mesh.program_devices(role)  # the program's axis
+        start, stop = start - devices.start, stop - devices.start
         nodes = [tuple(range(d, d + size)) for d in range(start, stop, size)]
-        alone = [(d,) for d in range(total) if not start <= d < stop]
+        alone = [(d,) for d in range(len(devices)) if not start <= d < stop]
         return cls(size, start, tuple(sorted(nodes + alone)))
 
     def rank(self) -> jax.Array:
@@ -53,7 +55,7 @@ class TensorGroup:
         """
         if self.size == 1:
             return x[None]
-        if all(len(group) == self.size for group in self.groups):  # colocated: no devices of another role
+        if all(len(group) == self.size for group in self.groups):  # no devices of another role
             return jax.lax.all_gather(x, AXIS, axis_index_groups=[list(g) for g in self.groups])
         slots = jnp.zeros((self.size, *x.shape), x.dtype)
         return self.sum(jax.lax.dynamic_update_index_in_dim(slots, x, self.rank(), 0))

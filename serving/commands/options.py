@@ -9,11 +9,11 @@ from typing import Any
 
 from jmoe.serving.requests import SamplingParams
 from jmoe.serving.sizes import CellSizes
-from jmoe.sharding.mesh_config import MeshConfig
+from jmoe.sharding.mesh_config import TRANSPORTS, MeshConfig
 from jmoe.sharding.placement import ExpertPlacement
 
 MAX_PLACEMENT_BYTES = 16 * 1024 * 1024
-_MESH = ("attention", "expert", "num_micro_batches", "attention_tensor", "expert_tensor")
+_MESH = ("attention", "expert", "num_micro_batches", "attention_tensor", "expert_tensor", "transport")
 _COLOCATED = ("colocated", "tensor")
 _SIZES = tuple(field.name for field in dataclasses.fields(CellSizes))
 
@@ -34,6 +34,9 @@ def add_cell_options(parser: argparse.ArgumentParser) -> None:
         "--colocated", type=int, metavar="N", help="instead: both roles on each of N devices (default on a lone GPU)"
     )
     mesh.add_argument("--tensor", type=int, metavar="T", help="with --colocated: tensor ranks (default 1)")
+    mesh.add_argument(
+        "--transport", choices=TRANSPORTS, help="how rows travel between the meshes (default auto: the best that runs)"
+    )
     mesh.add_argument("--placement", metavar="FILE", help="JSON list: the expert ids of each node (default: balanced)")
     mesh.add_argument("--plan", metavar="FILE", help="what `jmoe plan` wrote, instead of the options above")
     sizes = parser.add_argument_group("sizes (left out: chosen from the model)")

@@ -8,6 +8,7 @@ from jmoe.cell_config import CellConfig
 from jmoe.serving.executors.protocol import Executor, ProgramKey
 from jmoe.serving.host_devices import detect_platform
 from jmoe.serving.process_options import ProcessOptions
+from jmoe.serving.transport import choose_transport
 
 if TYPE_CHECKING:
     from jmoe.models.model import Model
@@ -43,8 +44,9 @@ def create_executor(
         kind = "processes" if platform == "gpu" else "inline"
     if processes is not None and kind != "processes":
         raise ValueError(f"processes: expected the executor 'processes' for its options, got {kind!r} on {platform}")
-    both = ", both roles on each" if cell.mesh.colocated else ""
-    progress(f"executor {kind} on {cell.mesh.num_devices} {platform} devices{both}")
+    choose_transport(cell.mesh, platform, kind, processes)  # raises where the cell's can't run
+    how = "both roles on each" if cell.mesh.colocated else f"transport {cell.mesh.transport}"
+    progress(f"executor {kind} on {cell.mesh.num_devices} {platform} devices, {how}")
     if kind == "processes":
         from jmoe.serving.executors.processes import ProcessesExecutor
 

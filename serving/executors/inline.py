@@ -1,18 +1,17 @@
-"""InlineExecutor: both roles on the devices of this process. For tests, laptops, notebooks, and one-process GPUs."""
+"""InlineExecutor: both roles on devices of this process. For tests, laptops, notebooks, and one-process GPUs."""
 
 import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jmoe.cell_config import CellConfig
 from jmoe.serving.executors.protocol import WAITING_FOR_PROGRAMS, ProgramKey, compiling_line, run
 from jmoe.step_inputs import StepInputs, StepOutputs
 
 if TYPE_CHECKING:
-    from jmoe.cell_runtime import Submitted
     from jmoe.models.model import Model
 
 
@@ -45,11 +44,15 @@ class InlineExecutor:
         devices = start_jax(platform, cell.mesh.num_devices)
         from jmoe.cell_runtime import CellRuntime
         from jmoe.program_files import open_program_files
+        from jmoe.role_pair import RolePair
 
-        role = "colocated" if cell.mesh.colocated else "inline"
-        runtime = CellRuntime(cell, devices, role, open_program_files(compile_cache))
-        self._runtime: CellRuntime | None = runtime
-        self._in_flight: deque[Submitted] = deque()
+        files = open_program_files(compile_cache)
+        if cell.mesh.roles_apart:
+            runtime = RolePair(cell, devices, files)
+        else:
+            runtime = CellRuntime(cell, devices, "colocated" if cell.mesh.colocated else "inline", files)
+        self._runtime: Any = runtime
+        self._in_flight: deque[Any] = deque()
         with ThreadPoolExecutor(1, "jmoe-compile") as pool:  # also after a bad checkpoint: a compiler can't be stopped
             compiling = pool.submit(runtime.compile, *programs)
             runtime.load(model, progress)
@@ -81,6 +84,8 @@ class InlineExecutor:
 
     def close(self) -> None:
         self._in_flight.clear()
+        if self._runtime is not None:
+            self._runtime.close()
         self._runtime = None  # frees the weights and pages
 
     def _open(self):

@@ -71,6 +71,8 @@ class ProcessesExecutor:
             for place, hello in zip(self._places, hellos, strict=True):
                 report(f"{place.name}: process {hello['pid']}")
             self._supervisor.call("init", self._init_payloads(platform, hellos), self._deadlines.init_s)
+            if cell.mesh.roles_apart:
+                self._join_mailboxes()
             self._load(checkpoint, programs, report)
         except BaseException:
             self._supervisor.close()
@@ -92,6 +94,14 @@ class ProcessesExecutor:
             limit_s = self._deadlines.load_s + self._deadlines.compile_s * len(keys)
             self._supervisor.call("load", self._same({"path": path, "keys": [list(k) for k in keys]}), limit_s, report)
             self._compiled |= set(keys)
+
+    def _join_mailboxes(self) -> None:
+        """Has every worker open its devices' mailboxes, and tells all of them where all stand (transport "push")."""
+        answers = self._supervisor.call("mailboxes", self._same({}), self._deadlines.init_s)
+        handles = [handle for answer in answers for handle in answer]
+        if sorted(device for device, _ in handles) != list(range(self.cell.mesh.num_devices)):
+            self._supervisor.fail(CellFailedError(f"mailboxes: expected one a device, got {len(handles)}"))
+        self._supervisor.call("connect", self._same({"handles": handles}), self._deadlines.init_s)
 
     @property
     def worker_pids(self) -> list[int]:

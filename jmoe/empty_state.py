@@ -1,0 +1,54 @@
+"""EmptyState: what a cell's devices keep from call to call, before the first one: zeros on the devices of this process."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jmoe.decode_loop import DeviceState
+from jmoe.lowering import AbstractCell
+from jmoe.sampling import TokenCounts
+from jmoe.sharding.meshes import from_shards
+
+
+class EmptyState:
+    """Makes the state of `AbstractCell.state`, part by part.
+
+    Args:
+      abstract: shapes.
+      mesh: the program's.
+      devices: those of this process on it.
+    """
+
+    def __init__(self, abstract: AbstractCell, mesh: Mesh, devices: list[jax.Device]):
+        self._abstract = abstract
+        self._mesh = mesh
+        self._devices = devices
+
+    def state(self) -> DeviceState:
+        """Without counts, and without a mailbox."""
+        has_attention = self._abstract.role != "expert"
+        return DeviceState(
+            sequence=self._filled((), np.int32),
+            pages=self._pages() if has_attention else None,
+            next_ids=self._filled(self._abstract.slots_shape, np.int32) if has_attention else None,
+        )
+
+    def counts(self) -> list[TokenCounts]:
+        """By micro-batch: no token seen yet."""
+        cell = self._abstract.cell
+        shape = (cell.rows, cell.model.vocab_size)
+        return [
+            TokenCounts(self._filled(shape, bool), self._filled(shape, np.int32))
+            for _ in range(cell.mesh.num_micro_batches)
+        ]
+
+    def _pages(self) -> list[tuple[jax.Array, jax.Array]]:
+        shape, dtype = self._abstract.page_shape(), self._abstract.page_dtype
+        return [
+            (self._filled(shape, dtype), self._filled(shape, dtype)) for _ in range(self._abstract.cell.model.num_layers)
+        ]
+
+    def _filled(self, shape: tuple[int, ...], dtype) -> jax.Array:
+        """Zeros of `shape` on every device of this process."""
+        return from_shards(self._mesh, {d: jnp.zeros((1, *shape), dtype, device=d) for d in self._devices})
