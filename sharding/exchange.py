@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jmoe.pallas_kernels.push_plan import SEQUENCE_MASK, TIMED_OUT
 from jmoe.sharding.mesh_config import AXIS, MeshConfig
 from jmoe.sharding.message import HEADER_WORDS, MessageFormat
 from jmoe.sharding.rounds import Rounds, build_rounds
 
-SEQUENCE_MASK = 0x3FFFFFFF  # sequence numbers wrap here, far from int32's sign
-NO_SEQUENCE = -(2**31)  # what no header holds
+NO_SEQUENCE = TIMED_OUT  # what no header holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,12 @@ class Chain:
         from the number before keeps XLA from fusing the whole chain into every message (quadratic code).
       count: exchanges so far.
       sequence: int32, the number that the next exchange sends: out of the exchange before, so that it can't be dropped.
-      faults: int32 `[2]` each, (expected, got) of every exchange so far, (-1, -1) where they agreed.
+      faults: int32 `[2]` or `[entries, 2]` each, (expected, got) of every exchange so far, (-1, -1) where they agreed;
+        got is TIMED_OUT where nothing came.
       order: float32 zero with which training differentiates through the order (see `Exchange.__call__`).
+      mailbox: `[words]` int32, this device's `Mailboxes.table`; None where the transport has none.
+      dispatches, combines: exchanges so far that carried one. A push's numbers count each direction by itself, since
+        its two roles need not call together.
     """
 
     base: jax.Array
@@ -37,14 +41,31 @@ class Chain:
     sequence: jax.Array
     faults: tuple[jax.Array, ...]
     order: jax.Array
+    mailbox: jax.Array | None = None
+    dispatches: int = 0
+    combines: int = 0
 
     @classmethod
-    def start(cls, sequence: jax.Array, order: jax.Array | float = 0.0) -> "Chain":
-        return cls(sequence, 0, sequence, (), jnp.asarray(order, jnp.float32))
+    def start(
+        cls, sequence: jax.Array, order: jax.Array | float = 0.0, mailbox: jax.Array | None = None
+    ) -> "Chain":
+        return cls(sequence, 0, sequence, (), jnp.asarray(order, jnp.float32), mailbox)
+
+    def after(self, dispatch: bool, combine: bool) -> "Chain":
+        """Counts one exchange of a transport whose directions are numbered apart: `count` is the larger of the two."""
+        dispatches, combines = self.dispatches + dispatch, self.combines + combine
+        return dataclasses.replace(
+            self, count=max(dispatches, combines), dispatches=dispatches, combines=combines
+        )
+
+    def offsets(self, attention: bool) -> tuple[int, int]:
+        """The numbers of the next message that a role sends and of the next that it receives, less `sequence`."""
+        numbers = (self.dispatches, self.combines) if attention else (self.combines, self.dispatches)
+        return numbers[0] - self.count, numbers[1] - self.count
 
     def fault(self) -> jax.Array:
         """`[2]` int32: (expected, got) of the first exchange that was out of step, (-1, -1) if none was."""
-        faults = jnp.stack(self.faults)
+        faults = jnp.concatenate([fault.reshape(-1, 2) for fault in self.faults])
         return faults[jnp.argmax(faults[:, 0] >= 0)]
 
 
@@ -59,6 +80,8 @@ class Box:
       local_idx: `[rounds, capacity, k]` int32, the receiving node's experts, -1 where the choice is elsewhere.
       slot: `[rounds, capacity]` int32, the row's token within the sender's micro-batch.
       num_rows: `[rounds]` int32.
+      row_index: `[rounds, capacity]` int32 or None; with it `hidden` is `[any, width]` and row i of a round is
+        hidden[row_index[round, i]]. Transports that can't gather by themselves take `gathered()`.
     """
 
     hidden: jax.Array
@@ -66,6 +89,14 @@ class Box:
     local_idx: jax.Array
     slot: jax.Array
     num_rows: jax.Array
+    row_index: jax.Array | None = None
+
+    def gathered(self) -> "Box":
+        """The same box with its rows in their places."""
+        if self.row_index is None:
+            return self
+        hidden = self.hidden.at[self.row_index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+        return dataclasses.replace(self, hidden=hidden, row_index=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +153,7 @@ class Exchange:
         Returns:
           The box that arrived (zeros from no one), and the chain for the next exchange.
         """
+        box = box.gathered()
         (hidden, topk_weights), ints, order = _swap(
             self, dispatch, combine, (box.hidden, box.topk_weights, chain.order),
             (box.local_idx, box.slot, box.num_rows, chain.sequence),

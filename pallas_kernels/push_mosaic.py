@@ -1,0 +1,337 @@
+"""The Mosaic GPU body of push: blocks that send, and blocks that receive, each with its own share and its own flag.
+
+Block b of a round moves every blocks-th unit of the message, a unit being 16 bytes a thread. It tells its twin on the
+other device by a flag of its own, so no block waits for another of its device. All blocks fit on the GPU at once.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jmoe.pallas_kernels import simt, simt_peer
+from jmoe.pallas_kernels.push_plan import (
+    BLOCK_THREADS,
+    CREDIT_BYTES,
+    FLAG_BYTES,
+    MAX_BLOCKS,
+    MAX_BLOCKS_A_ROUND,
+    SEQUENCE_MASK,
+    TABLE_DEADLINE,
+    TABLE_HEAD,
+    TABLE_OWN,
+    TABLE_SLOT_UNITS,
+    TIMED_OUT,
+    VECTOR_BYTES,
+    MailboxMap,
+    Message,
+    PushPlan,
+)
+from jmoe.pallas_kernels.simt import Pointer, Word
+
+IN_FLIGHT = 8  # 16-byte loads of a thread that are under way at once
+BATCHES_A_FLAG = 4  # a flag says how far a block is, every 64 KiB: the receiver copies while more arrives
+EPOCH = 4096  # flags of one message; a flag is epoch * EPOCH + how many of them are done
+
+
+def push_pallas(plan: PushPlan, table, sequence, rows, counts, columns, index) -> tuple[Any, ...]:
+    """The fields of `Pushed`; see `push`."""
+    sends, receives, rounds = plan.sends, plan.receives, plan.mailbox.num_rounds
+    for message in (sends, receives):
+        if message is not None:
+            message.check()
+    given = [table, sequence.reshape(1)]
+    if sends is not None:
+        given += [rows.reshape(-1, sends.width), counts, *(c.reshape(-1) for c in columns)]
+        given += [] if index is None else [index.reshape(-1)]
+    num_blocks = [0 if m is None else rounds * m.blocks(rounds) for m in (sends, receives)]
+    types = [jax.ShapeDtypeStruct((sum(num_blocks) * 2,), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)]
+    if receives is not None:
+        places = rounds * receives.capacity
+        types += [jax.ShapeDtypeStruct((rounds,), jnp.int32), jax.ShapeDtypeStruct((places, receives.width), receives.dtype)]
+        types += [jax.ShapeDtypeStruct((places * words,), jnp.int32) for words in receives.columns]
+
+    def push_rows(*refs):
+        simt.program(_program(plan, num_blocks, index is not None), *refs)
+
+    faults, after, *found = plgpu.kernel(
+        push_rows,
+        out_type=tuple(types),
+        scratch_types=[plgpu.SMEM((4,), jnp.int32)],
+        grid=(sum(num_blocks),),
+        grid_names=("block",),
+    )(*given)
+    faults, after = faults.reshape(-1, 2), after.reshape(())
+    if receives is None:
+        return None, (), None, faults, after
+    counts_out, rows_out, *columns_out = found
+    shape = (rounds, receives.capacity)
+    columns_out = tuple(c.reshape(*shape, w) for c, w in zip(columns_out, receives.columns, strict=True))
+    return rows_out.reshape(*shape, receives.width), columns_out, counts_out, faults, after
+
+
+class _Call:
+    """What both halves of the kernel look up first: addresses, numbers, this block's place."""
+
+    def __init__(self, plan: PushPlan, table: Pointer, sequence: Pointer, shared: Pointer, faults: Pointer):
+        self.plan, self.table, self.shared, self.faults = plan, table, shared, faults
+        self.thread, self.block = simt.thread(), simt.block()
+        self.own = simt_peer.address(table.load(TABLE_OWN), table.load(TABLE_OWN + 1))
+        self.deadline, self.slot_units = table.load(TABLE_DEADLINE), table.load(TABLE_SLOT_UNITS)
+        self.sequence = sequence.load(0)
+
+    def peer(self, r: Word) -> tuple[Pointer, Word]:
+        """The mailbox of the round's peer, and whether there is one."""
+        low, high = self.table.load(r * 2 + TABLE_HEAD), self.table.load(r * 2 + (TABLE_HEAD + 1))
+        return simt_peer.address(low, high), simt_peer.negated(low.equals(0) & high.equals(0))
+
+    def number(self, offset: int) -> Word:
+        return (self.sequence + offset) & SEQUENCE_MASK
+
+    def patience(self) -> Word:
+        """Ticks that a wait may last: none once one has expired."""
+        return simt_peer.load_word(self.own, MailboxMap.dead // 4).equals(0).select(self.deadline, 0)
+
+    def wait(self, pointer: Pointer, least: Word, patience: Word) -> tuple[Word, Word]:
+        """One thread waits, the block learns: (reached, high word)."""
+        with simt.when(self.thread.equals(0)):
+            waited = simt_peer.wait(pointer, least, patience)
+            self.shared.store(0, waited.reached.select(1, 0))
+            self.shared.store(1, waited.high)
+            with simt.when(simt_peer.negated(waited.reached)):
+                simt_peer.store_word(self.own, MailboxMap.dead // 4, 1)
+        simt.barrier()
+        return self.shared.load(0) >= 1, self.shared.load(1)
+
+    def say(self, expected: Word, got: Word) -> None:
+        """This block's entry of the faults; one thread."""
+        self.faults.store(self.block * 2, expected)
+        self.faults.store(self.block * 2 + 1, got)
+
+    def count(self, start: int, place: Word, blocks: int, epoch: Word) -> None:
+        """The owner's counters: each block advances its own, and those of blocks that this kernel doesn't have."""
+        with simt.when(self.thread.equals(0)):
+
+            def advance(i):
+                self.own.store(i + start // 4, epoch + 1)
+                return []
+
+            simt.loop(place, MAX_BLOCKS, blocks, [], advance)
+
+
+def _program(plan: PushPlan, num_blocks: list[int], gathers: bool) -> Callable[..., None]:
+    def program(table: Pointer, sequence: Pointer, *rest: Pointer):
+        *rest, shared = rest
+        taken = (2 + len(plan.sends.columns) + gathers) if plan.sends is not None else 0
+        sent, (faults, after, *received) = rest[:taken], rest[taken:]
+        call = _Call(plan, table, sequence, shared, faults)
+        with simt.when(call.block.equals(0) & call.thread.equals(0)):
+            after.store(0, call.number(plan.advance))
+        if plan.sends is not None:
+            with simt.when(call.block < num_blocks[0]):
+                _send(call, plan.sends, num_blocks[0], gathers, *sent)
+        if plan.receives is not None:
+            with simt.when(call.block >= num_blocks[0]):
+                _receive(call, plan.receives, num_blocks, *received)
+
+    return program
+
+
+def _send(call: _Call, message: Message, num_blocks: int, gathers: bool, rows, counts, *rest: Pointer) -> None:
+    """One block's share of one round's message: wait for the slot, write, say so."""
+    columns, index = (rest[:-1], rest[-1]) if gathers else (rest, None)
+    mailbox, blocks = call.plan.mailbox, message.blocks(call.plan.mailbox.num_rounds)
+    r, b, thread = call.block // blocks, call.block % blocks, call.thread
+    peer, there = call.peer(r)
+    count = _within(counts.load(r), message.capacity)
+    share = _Share(message, count, b, blocks, thread)
+    epoch = simt_peer.load_word(call.own, call.block + MailboxMap.sent // 4)
+    number = call.number(call.plan.send_offset)
+    with simt.when(thread.equals(0)):
+        call.say(simt.word(-1), simt.word(-1))
+
+    def source(row: Word, inside: Word) -> Pointer:
+        place = inside.select(r * message.capacity + row, 0)
+        return rows.skip(place if index is None else index.load(place), message.row_bytes)
+
+    share.source = source
+    with simt.when(there):
+        begun = share.load(simt.word(0))  # on their way while the block waits for the slot
+        credit = call.own.skip(r, CREDIT_BYTES).skip(simt.word(mailbox.credits), 1)
+        ready, _ = call.wait(credit, epoch - (mailbox.num_slots - 1), call.patience())
+        with simt.when(ready):
+            slot = _slot(call, peer, r, epoch)
+            share.target = lambda row: slot.skip(row, message.row_bytes)
+            flag = _flag(mailbox, peer, r, b, epoch)
+            for column, start, words in zip(columns, message.column_starts, message.columns, strict=True):
+                column = column.skip(r, message.capacity * words * 4)
+                _copy_words(column, slot.skip(simt.word(start), 1), count * words, share)
+            with simt.when(thread.equals(0)):
+                flag.store(2, number)
+
+            def release(chunk: Word) -> None:
+                simt.barrier()
+                with simt.when(thread.equals(0)):
+                    simt_peer.release(flag, epoch * EPOCH + chunk + 1, count)
+
+            def send_chunk(chunk):
+                share.move(chunk)
+                release(chunk)
+                return []
+
+            share.move(0, begun)
+            release(simt.word(0))
+            simt.loop(1, share.chunks(), 1, [], send_chunk)
+        with simt.when(simt_peer.negated(ready)), simt.when(thread.equals(0)):
+            call.say(number, simt.word(TIMED_OUT))
+    call.count(MailboxMap.sent, call.block, num_blocks, epoch)
+
+
+def _receive(call: _Call, message: Message, num_blocks: list[int], counts, rows, *columns: Pointer) -> None:
+    """One block's share of one round's message: wait for its twin, copy, look at the number."""
+    mailbox, blocks = call.plan.mailbox, message.blocks(call.plan.mailbox.num_rounds)
+    place = call.block - num_blocks[0]
+    r, b, thread = place // blocks, place % blocks, call.thread
+    peer, there = call.peer(r)
+    epoch = simt_peer.load_word(call.own, place + MailboxMap.received // 4)
+    expected = call.number(call.plan.receive_offset)
+    with simt.when(thread.equals(0)):
+        call.say(simt.word(-1), simt.word(-1))
+    with simt.when(there):
+        # All that the calls before took is taken: the kernel boundary says so. Not the thread that waits below.
+        with simt.when(b.equals(0) & thread.equals(BLOCK_THREADS - 1)):
+            credit = peer.skip(r, CREDIT_BYTES).skip(simt.word(mailbox.credits), 1)
+            simt_peer.release(credit, epoch, simt.word(0))
+        slot = _slot(call, call.own, r, epoch)
+        flag = _flag(mailbox, call.own, r, b, epoch)
+        patience = call.patience()
+        arrived, count = call.wait(flag, epoch * EPOCH + 1, patience)
+        count = _within(count, message.capacity)
+        with simt.when(arrived):
+            share = _Share(message, count, b, blocks, thread)
+            for column, start, words in zip(columns, message.column_starts, message.columns, strict=True):
+                target = column.skip(r, message.capacity * words * 4)
+                _copy_words(slot.skip(simt.word(start), 1), target, count * words, share)
+            out = rows.skip(r, message.capacity * message.row_bytes)
+            share.source = lambda row, inside: slot.skip(inside.select(row, 0), message.row_bytes)
+            share.target = lambda row: out.skip(row, message.row_bytes)
+            share.move(0)
+            with simt.when(b.equals(0) & thread.equals(0)):
+                got = flag.load(2)
+                counts.store(r, count)
+                with simt.when(simt_peer.negated(got.equals(expected))):
+                    call.say(expected, got)
+
+            def receive_chunk(chunk):
+                simt.barrier()  # all have read what the wait before said
+                reached, _ = call.wait(flag, epoch * EPOCH + chunk + 1, call.patience())
+                with simt.when(reached):
+                    share.move(chunk)
+                with simt.when(simt_peer.negated(reached)), simt.when(thread.equals(0)):
+                    call.say(expected, simt.word(TIMED_OUT))
+                return []
+
+            simt.loop(1, share.chunks(), 1, [], receive_chunk)
+        with simt.when(simt_peer.negated(arrived)), simt.when(thread.equals(0)):
+            call.say(expected, simt.word(TIMED_OUT))
+            with simt.when(b.equals(0)):
+                counts.store(r, 0)
+    with simt.when(simt_peer.negated(there)), simt.when(b.equals(0) & thread.equals(0)):
+        counts.store(r, 0)
+    call.count(MailboxMap.received, place, num_blocks[1], epoch)
+
+
+class _Held(NamedTuple):
+    """16 bytes of a row, in registers."""
+
+    row: Word
+    vector: Word
+    inside: Word
+    words: list[Word]
+
+
+class _Share:
+    """Which units of a message of `count` rows block b moves: unit b, b + blocks, ... in batches and chunks."""
+
+    source: Callable[[Word, Word], Pointer]  # (row, whether it is one) -> where it stands
+    target: Callable[[Word], Pointer]
+
+    def __init__(self, message: Message, count: Word, b: Word, blocks: int, thread: Word):
+        self.message, self.count, self.b, self.blocks, self.thread = message, count, b, blocks, thread
+        self.units = (count + (message.rows_a_unit - 1)) // message.rows_a_unit * message.units_a_row
+
+    def chunks(self) -> Word:
+        """Flags that the block writes: one at least."""
+        step = self.blocks * IN_FLIGHT * BATCHES_A_FLAG
+        return (self.b < self.units).select((self.units - self.b + (step - 1)) // step, 1)
+
+    def load(self, first: Word) -> list["_Held"]:
+        """The batch of units that begins at `first`: all its loads are under way at once."""
+        places = []
+        for i in range(IN_FLIGHT):
+            unit = self.b + i * self.blocks + first
+            row, vector = self._place(unit)
+            inside = (unit < self.units) & (row < self.count) & (vector < self.message.row_vectors)
+            places.append((row, vector, inside, self.source(row, inside)))
+        return [_Held(row, v, inside, simt_peer.load_vector_if(inside, at, v)) for row, v, inside, at in places]
+
+    def store(self, batch: list["_Held"]) -> None:
+        for held in batch:
+            simt_peer.store_vector_if(held.inside, self.target(held.row), held.vector, held.words)
+
+    def move(self, chunk: Any, begun: list["_Held"] | None = None) -> None:
+        """One chunk's units; the first batch may have been loaded before."""
+        width = self.blocks * IN_FLIGHT
+        start = simt.word(chunk) * (width * BATCHES_A_FLAG) if isinstance(chunk, int) else chunk * (width * BATCHES_A_FLAG)
+        if begun is not None:
+            self.store(begun)
+
+        def batch(first):
+            self.store(self.load(first))
+            return []
+
+        stop = _smaller(self.units, start + width * BATCHES_A_FLAG)
+        simt.loop(start if begun is None else start + width, stop, width, [], batch)
+
+    def _place(self, unit: Word) -> tuple[Word, Word]:
+        """The row and its 16-byte vector that this thread moves of a unit."""
+        message = self.message
+        if message.rows_a_unit > 1:
+            row = self.thread // message.row_vectors
+            row = (row < message.rows_a_unit).select(unit * message.rows_a_unit + row, message.capacity)
+            return row, self.thread % message.row_vectors
+        return unit // message.units_a_row, unit % message.units_a_row * BLOCK_THREADS + self.thread
+
+
+def _copy_words(source: Pointer, target: Pointer, total: Word, share: _Share) -> None:
+    """Words 0 to total, spread over the round's blocks."""
+
+    def copy(i):
+        target.store(i, source.load(i))
+        return []
+
+    first = share.b * BLOCK_THREADS + share.thread
+    simt.loop(first, total, share.blocks * BLOCK_THREADS, [], copy)
+
+
+def _slot(call: _Call, mailbox: Pointer, r: Word, epoch: Word) -> Pointer:
+    """The rows of a message in the mailbox of who reads it."""
+    where = call.plan.mailbox
+    number = r * where.num_slots + (epoch & (where.num_slots - 1))
+    return simt_peer.beyond(mailbox.skip(simt.word(where.data), 1), number, call.slot_units, VECTOR_BYTES)
+
+
+def _flag(where: MailboxMap, mailbox: Pointer, r: Word, b: Word, epoch: Word) -> Pointer:
+    number = (r * where.num_slots + (epoch & (where.num_slots - 1))) * MAX_BLOCKS_A_ROUND + b
+    return mailbox.skip(simt.word(where.flags), 1).skip(number, FLAG_BYTES)
+
+
+def _within(count: Word, capacity: int) -> Word:
+    """A row count that can't lead outside."""
+    return (count < 0).select(0, _smaller(count, simt.word(capacity)))
+
+
+def _smaller(a: Word, b: Word) -> Word:
+    return (a < b).select(a, b)
