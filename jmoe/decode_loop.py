@@ -66,12 +66,20 @@ class CellProgram:
       sampling: False compiles argmax only.
       role: the role that the program plays, "inline" for both under a conditional, or "colocated" for both on every
         device.
+      push: of the transport "push": "pallas", "reference", or None for what this process's devices take.
 
     Raises:
       ValueError: "colocated" for a cell of two meshes, another role for a colocated one, or "inline" for roles apart.
     """
 
-    def __init__(self, cell: CellConfig, kind: Literal["prefill", "decode"], sampling: bool, role: Role):
+    def __init__(
+        self,
+        cell: CellConfig,
+        kind: Literal["prefill", "decode"],
+        sampling: bool,
+        role: Role,
+        push: Literal["pallas", "reference"] | None = None,
+    ):
         self.cell = cell
         self.kind = kind
         self.sampling = sampling
@@ -85,7 +93,7 @@ class CellProgram:
             self.devices = SharedDevices.of(mesh, model.hidden_size)
             return
         capacity = self.layout.num_rows * self.layout.num_tokens
-        self.exchange = exchange_of(mesh, role, model.hidden_size, capacity, model.num_experts_per_tok, model.dtype)
+        self.exchange = exchange_of(mesh, role, model.hidden_size, capacity, model.num_experts_per_tok, model.dtype, push)
         assert mesh.directions != "auto"
         self.schedule = build_schedule(len(model.moe_layers), mesh.num_micro_batches, mesh.directions)
 

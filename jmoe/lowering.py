@@ -143,7 +143,8 @@ def lower_program(cell: CellConfig, mesh: Mesh, role: Role, key: Key) -> jax.sta
     """
     kind, sampling = key
     abstract = AbstractCell(cell, mesh, role)
-    program = on_each_device(CellProgram(cell, kind, sampling, role), mesh)
+    push = "reference" if mesh.devices.flat[0].platform == "cpu" else "pallas"
+    program = on_each_device(CellProgram(cell, kind, sampling, role, push), mesh)
     # keep_unused: its arguments are those of AbstractCell, so that a compiled program can come back from disk alone.
     return jax.jit(program, donate_argnums=(2,), keep_unused=True).lower(
         *abstract.params(), abstract.state(sampling), abstract.inputs(kind)

@@ -159,6 +159,8 @@ class MeshConfig:
         transport, directions = self.transport, self.directions
         if transport == "auto":
             transport = "ppermute" if self.colocated else best_transport
+        if directions == "separate" and transport != "push":
+            raise ValueError(f"MeshConfig.directions: expected 'one' or 'both' with {transport!r}, got 'separate'")
         if directions == "auto" and transport == "push":
             directions = "separate"
         elif directions == "auto":

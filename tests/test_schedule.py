@@ -155,6 +155,43 @@ def test_lockstep_of_four_micro_batches_by_hand():
     )
 
 
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+@pytest.mark.parametrize("m", [1, 2, 3, 5])
+def test_roles_that_call_alone_come_to_the_end_with_m_messages_under_way_at_most(num_layers, m):
+    schedule = build_schedule(num_layers, m, "separate")
+    under_way: dict[str, list[Stage]] = {"attention": [], "expert": []}  # by receiver
+    walked: dict[str, list[Stage]] = {"attention": [], "expert": []}
+    most = 0
+
+    def play(role, other):
+        """Yields while it waits."""
+        nonlocal most
+        made = None
+        for tick in schedule.ticks_of(role):
+            call, stage = tick.exchange or Exchange(), getattr(tick, role)
+            sent, needed = (call.dispatch, call.combine) if role == "attention" else (call.combine, call.dispatch)
+            assert sent == made
+            if sent is not None:
+                under_way[other].append(sent)
+                most = max(most, len(under_way[other]))
+            while needed is not None and not under_way[role]:
+                yield
+            assert needed is None or under_way[role].pop(0) == needed
+            if stage is None:
+                continue
+            reads = Stage(stage.layer - 1, stage.micro_batch) if role == "attention" else stage
+            assert needed == (reads if reads.layer >= 0 else None)
+            walked[role].append(stage)
+            made = stage if stage.layer < num_layers else None
+
+    players = [play("attention", "expert"), play("expert", "attention")]
+    for _ in range(2 * m * (num_layers + 1)):
+        for player in players:
+            next(player, None)
+    assert walked == {"attention": stages(num_layers + 1, m), "expert": stages(num_layers, m)}
+    assert not any(under_way.values()) and most <= m
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [((0, 1, "one"), "least 1, got 0 and 1"), ((1, 0, "one"), "least 1, got 1 and 0"), ((1, 1, "auto"), "'auto'")],

@@ -14,7 +14,7 @@ import numpy as np
 
 from jmoe.cell_config import CellConfig
 from jmoe.serving import worker
-from jmoe.serving.errors import SequenceMismatchError
+from jmoe.serving.errors import ExchangeTimeoutError, SequenceMismatchError
 from jmoe.serving.wire import Channel
 
 FAULTS = json.loads(os.environ.get("FAKE_WORKER", "{}"))
@@ -54,7 +54,7 @@ class FakeRuntime:
         first = 0 if init["num_processes"] == 2 else self.index
         self.replicas = range(first, first + init["num_devices"]) if self.role == "attention" else []
         self.replicas = [r // mesh.attention_tensor for r in self.replicas if r % mesh.attention_tensor == 0]
-        self.calls = 0
+        self.calls, self.devices, self.connected = 0, init["num_devices"], False
         if "ignore_sigterm" in FAULTS.get(str(self.index), {}).values():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # here: in the main thread
         self.suffer("init")
@@ -86,6 +86,8 @@ class FakeRuntime:
             raise ValueError("expected a good checkpoint, got a bad one")
         elif fault == "sequence_error":
             raise SequenceMismatchError("exchange 3: expected sequence number 3, got 2")
+        elif fault == "exchange_timeout":
+            raise ExchangeTimeoutError("attention device 0: expected message 3 of a peer, got none in time")
         elif fault == "peer_lost":
             raise RuntimeError("gloo: connection closed by peer")
         elif fault == "misshapen":
@@ -93,7 +95,18 @@ class FakeRuntime:
         else:
             armed.append(fault)
 
+    def open_mailboxes(self):
+        mesh = self.cell.mesh
+        first = 0 if self.role == "attention" else mesh.num_attention_devices
+        return {device: bytes([0, 255, device]) for device in range(first, first + self.devices)}
+
+    def connect(self, handles):
+        assert handles == {device: bytes([0, 255, device]) for device in range(self.cell.mesh.num_devices)}
+        self.suffer("connect")
+        self.connected = True
+
     def load(self, path, progress):
+        assert self.connected == self.cell.mesh.roles_apart
         progress(f"read {path}")
         progress(f"sees the token: {worker.TOKEN_VARIABLE in os.environ}")
         self.suffer("load")

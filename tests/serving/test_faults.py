@@ -25,7 +25,13 @@ from worker_cell import (
 )
 
 from jmoe.serving import errors
-from jmoe.serving.errors import CellFailedError, SequenceMismatchError, StepTimeoutError, WorkerDiedError
+from jmoe.serving.errors import (
+    CellFailedError,
+    ExchangeTimeoutError,
+    SequenceMismatchError,
+    StepTimeoutError,
+    WorkerDiedError,
+)
 from jmoe.serving.wire import Channel, WireError
 from jmoe.step_inputs import StepInputs
 
@@ -202,6 +208,7 @@ def test_a_worker_that_ignores_sigterm_is_killed(monkeypatch):
         ("exit", WorkerDiedError, "ended with exit code 7"),
         ("exit_leaving_a_child", WorkerDiedError, "ended with exit code 7"),
         ("killed", WorkerDiedError, "was killed by SIGKILL"),
+        ("exchange_timeout", ExchangeTimeoutError, "run failed: .* expected message 3 of a peer, got none in time"),
         ("peer_lost", CellFailedError, "run failed: RuntimeError: gloo: connection closed by peer"),
     ],
 )

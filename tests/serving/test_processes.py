@@ -59,6 +59,17 @@ def test_calls_reach_every_worker_and_replicas_come_back_in_order(monkeypatch, p
     assert "compiling decode, greedy" in lines
 
 
+def test_workers_are_told_where_all_mailboxes_stand_before_they_load(monkeypatch):
+    """The fake runtime compares what it is told, and that it is told anything only where rows are pushed."""
+    cell = tiny_cell(2, 3, "push")
+    executor = fake_executor(monkeypatch, cell=cell)
+    try:
+        out = executor.run(DECODE, StepInputs(cell, "decode"))
+        np.testing.assert_array_equal(out.tokens, expected_tokens(cell, 1, cell.num_steps, cell.rows))
+    finally:
+        executor.close()
+
+
 def test_calls_in_flight_come_back_in_order_and_a_program_may_compile_behind_them(monkeypatch):
     cell = tiny_cell(2, 1)
     executor = fake_executor(monkeypatch, cell=cell, programs=[DECODE])

@@ -23,9 +23,9 @@ PREFILL = ProgramKey("prefill", False)
 PATIENT = Deadlines(start_s=60, step_s=60, heartbeat_s=60, busy_heartbeat_s=60)
 
 
-def tiny_cell(attention: int = 2, expert: int = 3, **mesh) -> CellConfig:
+def tiny_cell(attention: int = 2, expert: int = 3, transport="ppermute", **mesh) -> CellConfig:
     model = ModelConfig("mixtral", 97, 24, 2, 3, 3, 8, 6, 3, 16, dtype="float32")
-    return CellConfig(model, MeshConfig(attention, expert, **mesh).resolve(6), max_len=64, num_steps=2)
+    return CellConfig(model, MeshConfig(attention, expert, **mesh).resolve(6, transport), max_len=64, num_steps=2)
 
 
 def fake_executor(monkeypatch, faults=None, cell=None, **options) -> ProcessesExecutor:

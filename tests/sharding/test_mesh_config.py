@@ -59,3 +59,22 @@ def test_resolve_leaves_nothing_open_and_keeps_what_was_said(num_micro_batches, 
     said = dataclasses.replace(mesh, directions={"one": "both", "both": "one"}[directions], placement=placement)
     assert said.resolve(6) == dataclasses.replace(said, transport="ppermute")
     assert resolved.resolve(6) == resolved
+    pushed = mesh.resolve(6, "push")
+    assert (pushed.directions, pushed.transport) == ("separate", "push")
+    assert said.resolve(6, "push") == dataclasses.replace(said, transport="push")
+    assert resolved.resolve(6, "push") == resolved
+
+
+def test_a_program_runs_over_all_devices_or_over_its_roles_own():
+    mesh = MeshConfig(2, 3, expert_tensor=2)
+    whole, apart = mesh.resolve(6), mesh.resolve(6, "push")
+    for role, own in (("attention", range(2)), ("expert", range(2, 8))):
+        assert (whole.program_devices(role), apart.program_devices(role)) == (range(8), own)
+
+
+def test_what_a_transport_has_no_use_for_is_refused():
+    with pytest.raises(ValueError, match="directions: expected 'one' or 'both' with 'ppermute', got 'separate'"):
+        MeshConfig(directions="separate", transport="ppermute")
+    with pytest.raises(ValueError, match="transport: expected none for a colocated mesh"):
+        dataclasses.replace(MeshConfig.colocate(2), transport="push")
+    assert MeshConfig.colocate(2).resolve(6, "push").transport == "ppermute"
