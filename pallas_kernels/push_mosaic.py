@@ -152,22 +152,24 @@ def _send(call: _Call, message: Message, num_blocks: int, gathers: bool, rows, c
     with simt.when(thread.equals(0)):
         call.say(simt.word(-1), simt.word(-1))
 
-    def source(row: Word, inside: Word) -> Pointer:
-        place = inside.select(r * message.capacity + row, 0)
+    def source(row: Word) -> Pointer:
+        place = _smaller(row, simt.word(message.capacity - 1)) + r * message.capacity
         return rows.skip(place if index is None else index.load(place), message.row_bytes)
 
     share.source = source
+    places = share.places(simt.word(0))
     with simt.when(there):
-        begun = share.load(simt.word(0))  # on their way while the block waits for the slot
+        # On their way while the block waits for the slot: the first rows, and each column's first words.
+        begun = share.load(places)
+        columns = [_Column(c.skip(r, message.capacity * w * 4), w, share) for c, w in zip(columns, message.columns, strict=True)]
         credit = call.own.skip(r, CREDIT_BYTES).skip(simt.word(mailbox.credits), 1)
         ready, _ = call.wait(credit, epoch - (mailbox.num_slots - 1), call.patience())
         with simt.when(ready):
             slot = _slot(call, peer, r, epoch)
             share.target = lambda row: slot.skip(row, message.row_bytes)
             flag = _flag(mailbox, peer, r, b, epoch)
-            for column, start, words in zip(columns, message.column_starts, message.columns, strict=True):
-                column = column.skip(r, message.capacity * words * 4)
-                _copy_words(column, slot.skip(simt.word(start), 1), count * words, share)
+            for column, start in zip(columns, message.column_starts, strict=True):
+                column.store(slot.skip(simt.word(start), 1))
             with simt.when(thread.equals(0)):
                 flag.store(2, number)
 
@@ -211,13 +213,17 @@ def _receive(call: _Call, message: Message, num_blocks: list[int], counts, rows,
         count = _within(count, message.capacity)
         with simt.when(arrived):
             share = _Share(message, count, b, blocks, thread)
-            for column, start, words in zip(columns, message.column_starts, message.columns, strict=True):
-                target = column.skip(r, message.capacity * words * 4)
-                _copy_words(slot.skip(simt.word(start), 1), target, count * words, share)
             out = rows.skip(r, message.capacity * message.row_bytes)
-            share.source = lambda row, inside: slot.skip(inside.select(row, 0), message.row_bytes)
+            share.source = lambda row: slot.skip(row, message.row_bytes)
             share.target = lambda row: out.skip(row, message.row_bytes)
-            share.move(0)
+            begun = share.load(share.places(simt.word(0)))
+            sent = [
+                _Column(slot.skip(simt.word(start), 1), words, share)
+                for start, words in zip(message.column_starts, message.columns, strict=True)
+            ]
+            for column, target, words in zip(sent, columns, message.columns, strict=True):
+                column.store(target.skip(r, message.capacity * words * 4))
+            share.move(0, begun)
             with simt.when(b.equals(0) & thread.equals(0)):
                 got = flag.load(2)
                 counts.store(r, count)
@@ -243,19 +249,26 @@ def _receive(call: _Call, message: Message, num_blocks: list[int], counts, rows,
     call.count(MailboxMap.received, place, num_blocks[1], epoch)
 
 
-class _Held(NamedTuple):
-    """16 bytes of a row, in registers."""
+class _Place(NamedTuple):
+    """16 bytes of a row: which, whether the message holds them, and where the row is read."""
 
     row: Word
     vector: Word
     inside: Word
+    source: Pointer
+
+
+class _Held(NamedTuple):
+    """16 bytes in registers."""
+
+    place: _Place
     words: list[Word]
 
 
 class _Share:
     """Which units of a message of `count` rows block b moves: unit b, b + blocks, ... in batches and chunks."""
 
-    source: Callable[[Word, Word], Pointer]  # (row, whether it is one) -> where it stands
+    source: Callable[[Word], Pointer]  # where a row is read; a row beyond the message is never read
     target: Callable[[Word], Pointer]
 
     def __init__(self, message: Message, count: Word, b: Word, blocks: int, thread: Word):
@@ -267,19 +280,24 @@ class _Share:
         step = self.blocks * IN_FLIGHT * BATCHES_A_FLAG
         return (self.b < self.units).select((self.units - self.b + (step - 1)) // step, 1)
 
-    def load(self, first: Word) -> list["_Held"]:
-        """The batch of units that begins at `first`: all its loads are under way at once."""
-        places = []
+    def places(self, first: Word) -> list["_Place"]:
+        """Where this thread's parts of the batch of units that begins at `first` stand."""
+        found = []
         for i in range(IN_FLIGHT):
             unit = self.b + i * self.blocks + first
             row, vector = self._place(unit)
             inside = (unit < self.units) & (row < self.count) & (vector < self.message.row_vectors)
-            places.append((row, vector, inside, self.source(row, inside)))
-        return [_Held(row, v, inside, simt_peer.load_vector_if(inside, at, v)) for row, v, inside, at in places]
+            found.append(_Place(row, vector, inside, self.source(row)))
+        return found
+
+    def load(self, places: list["_Place"]) -> list["_Held"]:
+        """A batch: all its loads are under way at once."""
+        return [_Held(at, simt_peer.load_vector_if(at.inside, at.source, at.vector)) for at in places]
 
     def store(self, batch: list["_Held"]) -> None:
         for held in batch:
-            simt_peer.store_vector_if(held.inside, self.target(held.row), held.vector, held.words)
+            at = held.place
+            simt_peer.store_vector_if(at.inside, self.target(at.row), at.vector, held.words)
 
     def move(self, chunk: Any, begun: list["_Held"] | None = None) -> None:
         """One chunk's units; the first batch may have been loaded before."""
@@ -289,7 +307,7 @@ class _Share:
             self.store(begun)
 
         def batch(first):
-            self.store(self.load(first))
+            self.store(self.load(self.places(first)))
             return []
 
         stop = _smaller(self.units, start + width * BATCHES_A_FLAG)
@@ -305,15 +323,23 @@ class _Share:
         return unit // message.units_a_row, unit % message.units_a_row * BLOCK_THREADS + self.thread
 
 
-def _copy_words(source: Pointer, target: Pointer, total: Word, share: _Share) -> None:
-    """Words 0 to total, spread over the round's blocks."""
+class _Column:
+    """A round's column of 32-bit words, spread over its blocks: the first one of each thread is loaded at once."""
 
-    def copy(i):
-        target.store(i, source.load(i))
-        return []
+    def __init__(self, source: Pointer, words: int, share: _Share):
+        self.source, self.total, self.stride = source, share.count * words, share.blocks * BLOCK_THREADS
+        self.first = share.b * BLOCK_THREADS + share.thread
+        self.inside = self.first < self.total
+        self.held = source.load(self.inside.select(self.first, 0))
 
-    first = share.b * BLOCK_THREADS + share.thread
-    simt.loop(first, total, share.blocks * BLOCK_THREADS, [], copy)
+    def store(self, target: Pointer) -> None:
+        def copy(i):
+            target.store(i, self.source.load(i))
+            return []
+
+        with simt.when(self.inside):
+            target.store(self.first, self.held)
+            simt.loop(self.first + self.stride, self.total, self.stride, [], copy)
 
 
 def _slot(call: _Call, mailbox: Pointer, r: Word, epoch: Word) -> Pointer:
