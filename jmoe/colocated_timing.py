@@ -17,10 +17,11 @@ from jmoe.cell_runtime import CellRuntime
 from jmoe.colocated import Colocated
 from jmoe.decode_batch import decode_batch
 from jmoe.decode_loop import DeviceState
+from jmoe.layer_program import run_layer
 from jmoe.models.attention import AttentionHalf
 from jmoe.models.experts import ExpertHalf
 from jmoe.models.model import take_from
-from jmoe.role_programs import AttentionRole, ExpertRole
+from jmoe.role_programs import AttentionRole, ExpertRole, attend
 from jmoe.rows import Rows
 from jmoe.sharding.shared_devices import SharedDevices
 from jmoe.step_inputs import StepLayout
@@ -94,11 +95,10 @@ class ColocatedTimer:
 
         def fill(params, experts, state: DeviceState, inputs):
             del params, experts
-            keys = jax.random.split(jax.random.key(0), 2 * len(state.pages or []))
-            pages = [
-                tuple(jax.random.normal(keys[2 * n + i], a.shape, a.dtype) for i, a in enumerate(kv))
-                for n, kv in enumerate(state.pages or [])
-            ]
+            pages = state.pages or []
+            drawn = jax.random.normal(jax.random.key(0), pages[0][0].shape, pages[0][0].dtype)
+            # One draw, rolled by pages: a draw for each of them would take half a minute to compile.
+            pages = [tuple(jnp.roll(drawn, 2 * n + i, axis=0) for i in range(2)) for n in range(len(pages))]
             return dataclasses.replace(state, pages=pages), inputs.max()
 
         self._compile({"fill": fill})["fill"]()
@@ -132,7 +132,7 @@ class ColocatedTimer:
         x = role.embed(rows)
         for j, module in self._modules(role, count):
             layer = self.cell.model.moe_layers[j]
-            x, pages[layer] = role.attend(module, x, pages[layer], rows)
+            x, pages[layer] = run_layer(attend, self.cell, module, x, pages[layer], rows)
             x = jax.lax.optimization_barrier(x)
         return dataclasses.replace(state, pages=pages), x
 

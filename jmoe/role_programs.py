@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jmoe.cell_config import CellConfig
-from jmoe.models.attention import AttentionHalf
-from jmoe.models.experts import ExpertHalf
+from jmoe.layer_program import run_layer
+from jmoe.models.attention import AttentionHalf, AttentionLayer
+from jmoe.models.experts import ExpertHalf, ExpertLayer
 from jmoe.pallas_kernels.paged_attention import paged_attention
 from jmoe.pallas_kernels.place_heads import place_heads
 from jmoe.rows import Rows
@@ -42,6 +43,36 @@ class Chosen(NamedTuple):
     rows: jax.Array
     topk_idx: jax.Array
     topk_weights: jax.Array
+
+
+def attend(cell: CellConfig, module: AttentionLayer, x: jax.Array, kv: tuple[jax.Array, jax.Array], rows: Rows):
+    """One layer's attention with its residual; the new keys and values go to their pages first."""
+    grid = x.reshape(*rows.token_ids.shape, -1)
+    place = (rows.page_table, rows.start_pos, rows.num_tokens)
+    (q, k, v), scales = module.heads(grid), module.head_scales()
+    q, k_pages, v_pages = place_heads(
+        q, k, v, scales[0], scales[1], kv[0], kv[1], *place,
+        theta=cell.model.rope_theta, eps=cell.model.norm_eps,
+        implementation="xla" if cell.kernels == "xla" else None,
+    )  # fmt: skip
+    heads = paged_attention(
+        q, k_pages, v_pages, *place, sliding_window=cell.model.sliding_window, implementation=cell.implementation
+    )
+    tensor = TensorGroup.of(cell.mesh, "attention")
+    return x + module.output(heads, tensor).reshape(x.shape), (k_pages, v_pages)
+
+
+def decoder_layer(cell: CellConfig, module: AttentionLayer, x: jax.Array, kv: tuple[jax.Array, jax.Array], rows: Rows):
+    """One layer without its experts: the residual, its pages, and what the router chose (None in a dense layer)."""
+    x, kv = attend(cell, module, x, kv, rows)
+    h = module.ffn_input(x)
+    if module.is_dense:
+        return x + module.dense_ffn(h, TensorGroup.of(cell.mesh, "attention")), kv, None
+    return x, kv, Chosen(h, *module.route(h))
+
+
+def _partial_sums(cell: CellConfig, module: ExpertLayer, rows, local_idx, topk_weights):
+    return module(rows, local_idx, topk_weights, cell.implementation)
 
 
 class AttentionRole:
@@ -112,36 +143,14 @@ class AttentionRole:
         """
         chosen, new_pages = None, []
         for layer, kv in zip(self.layers_of(stage), pages, strict=True):
-            module = self.half.layers[layer]
-            x, kv = self.attend(module, x, kv, rows)
+            x, kv, chosen = run_layer(decoder_layer, self.cell, self.half.layers[layer], x, kv, rows)
             new_pages.append(kv)
-            h = module.ffn_input(x)
-            if module.is_dense:
-                x = x + module.dense_ffn(h, self.tensor)
-                continue
-            chosen = Chosen(h, *module.route(h))
         return x, new_pages, chosen
 
     def last_hidden(self, lane: Lane, rows: Rows) -> jax.Array:
         """Residual of each row's last valid token: `[rows, D]`."""
         x = lane.x.reshape(*rows.token_ids.shape, -1)
         return jnp.take_along_axis(x, rows.last[:, None, None], axis=1)[:, 0]
-
-    def attend(self, module, x: jax.Array, kv: tuple[jax.Array, jax.Array], rows: Rows):
-        """One layer's attention with its residual; the new keys and values go to their pages first."""
-        grid = x.reshape(*rows.token_ids.shape, -1)
-        place = (rows.page_table, rows.start_pos, rows.num_tokens)
-        (q, k, v), scales = module.heads(grid), module.head_scales()
-        q, k_pages, v_pages = place_heads(
-            q, k, v, scales[0], scales[1], kv[0], kv[1], *place,
-            theta=self.cell.model.rope_theta, eps=self.cell.model.norm_eps,
-            implementation="xla" if self.cell.kernels == "xla" else None,
-        )  # fmt: skip
-        heads = paged_attention(
-            q, k_pages, v_pages, *place,
-            sliding_window=self.cell.model.sliding_window, implementation=self.cell.implementation,
-        )  # fmt: skip
-        return x + module.output(heads, self.tensor).reshape(x.shape), (k_pages, v_pages)
 
     def _dispatch(self, h: jax.Array, routes: Routes) -> Box:
         """Rows `[tokens, D]` into the boxes of the rounds' nodes, each this rank's slice."""
@@ -187,7 +196,7 @@ class ExpertRole:
 
     def partial_sums(self, layer: int, rows: jax.Array, local_idx: jax.Array, topk_weights: jax.Array) -> jax.Array:
         """One weighted partial sum a row over this device's share of MoE layer `layer`: `[rows, D]` float32."""
-        return self.half.layers[layer](rows, local_idx, topk_weights, self.cell.implementation)
+        return run_layer(_partial_sums, self.cell, self.half.layers[layer], rows, local_idx, topk_weights)
 
     def stage(self, stage: Stage, inbox: Box) -> Box:
         """Every replica's rows through this node's experts; one weighted partial sum a row, in the order received."""
