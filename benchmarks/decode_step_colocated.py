@@ -134,7 +134,7 @@ def read_bandwidth(platform: str, around: Around) -> float:
 
 HEADER = (
     f"{'model':>14} {'L':>3} {'batch':>5} {'ms/step':>8} {'floor ms':>8} {'% floor':>7} {'vLLM ms':>7} {'tokens/s':>9} "
-    f"{'active':>6} {'attn us':>8} {'router':>7} {'experts':>8} {'head us':>8} {'rest us':>8} {'comp s':>6}"
+    f"{'active':>6} {'attn us':>8} {'experts':>8} {'head us':>8} {'rest us':>8} {'comp s':>6}"
 )
 
 
@@ -142,13 +142,13 @@ def report(args: argparse.Namespace, model: ModelConfig, rows: int, result: dict
     """One row of the table. "rest" is the step less its stages: what no stage accounts for."""
     floor = floor_bytes(model, rows, args.context, result["active"]) / result["read_bytes_per_s"]
     step, layers = result["step_s"], len(model.moe_layers)
-    stages = [result.get(f"{name}_s", float("nan")) * 1e6 for name in ("attention", "router", "experts", "head")]
-    rest = step * 1e6 - layers * sum(stages[:3]) - stages[3]
+    stages = [result.get(f"{name}_s", float("nan")) * 1e6 for name in ("attention", "experts", "head")]
+    rest = step * 1e6 - layers * sum(stages[:2]) - stages[2]
     vllm = VLLM_MS.get((args.model, model.num_layers, rows))
     return (
         f"{args.model:>14} {model.num_layers:>3} {rows:>5} {step * 1e3:>8.3f} {floor * 1e3:>8.3f} "
         f"{100 * floor / step:>7.1f} {vllm or '-':>7} {rows / step:>9,.0f} {result['active']:>6.1f} "
-        f"{stages[0]:>8.1f} {stages[1]:>7.1f} {stages[2]:>8.1f} {stages[3]:>8.1f} {rest:>8.1f} "
+        f"{stages[0]:>8.1f} {stages[1]:>8.1f} {stages[2]:>8.1f} {rest:>8.1f} "
         f"{result['compile_s']:>6.1f}"
     )
 

@@ -1,6 +1,7 @@
 """Where a decode step goes: its kernels in order, a layer's and the head's, with their times on the device."""
 
 import collections
+import itertools
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -47,14 +48,12 @@ def _order(events: Sequence[Event]) -> Callable[[str], int]:
 
 def _pieces(events: Sequence[Event], launches: int) -> collections.Counter[tuple[str, ...]]:
     cuts = _cuts(events, launches)
-    return collections.Counter(
-        tuple(name for _, _, name in events[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)
-    )
+    return collections.Counter(tuple(name for _, _, name in events[a:b]) for a, b in itertools.pairwise(cuts))
 
 
 def _same(events: Sequence[Event], names: tuple[str, ...], launches: int) -> list[Sequence[Event]]:
     cuts = _cuts(events, launches)
-    parts = [events[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [events[a:b] for a, b in itertools.pairwise(cuts)]
     return [part for part in parts if tuple(name for _, _, name in part) == names]
 
 

@@ -1,8 +1,9 @@
 """run_layer: a layer's function traced and lowered once, however many layers, micro-batches and steps run it.
 
-Layers of a model differ in their arrays alone. Unrolled, each was traced anew and its Mosaic kernels lowered anew: for 12
-layers of Qwen3 half a minute of Python a program, all under the interpreter's lock. As a jitted function of the layer's
-arrays it is traced for the first one; the others become calls of the same function, which XLA inlines.
+Layers of a model differ in their arrays alone. Unrolled, each was traced anew and its Mosaic kernels lowered anew: for
+12 layers of Qwen3 28 s of Python a program, all under the interpreter's lock, and 23 s of XLA. As a jitted function of
+the layer's arrays it is traced for the first one; the others become calls of the same function, which XLA inlines, and
+equal kernels are compiled once: 5 and 8 s.
 """
 
 import functools
