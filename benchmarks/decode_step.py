@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None, around: Callable[[], Any] | None = N
     parser.add_argument("--tokens", type=int, nargs="+", help="tokens of one micro-batch (128 256; colocated 16 128)")
     parser.add_argument("--colocated", action="store_true", help="both roles on one device, and nothing of the rest")
     parser.add_argument("--page-len", type=int, default=16, help="colocated: tokens of a KV page")
-    parser.add_argument("--distinct-layers", type=int, default=0, help="colocated: layers beyond share weights")
+    parser.add_argument("--kernels", action="store_true", help="colocated, on a GPU: every kernel of a step")
     parser.add_argument("--no-stages", dest="stages", action="store_false", help="colocated: the step alone")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[3, 4])
     parser.add_argument("--context", type=int, default=1024)

@@ -15,8 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
-
 from jmoe.cell_config import CellConfig
 from jmoe.config import ModelConfig
 from jmoe.sharding.mesh_config import MeshConfig
@@ -47,9 +45,9 @@ def floor_bytes(model: ModelConfig, rows: int, context: int, active: float) -> f
 
 
 class Cell:
-    """One colocated cell on one device, with random weights made there, and its programs of FEW and MANY steps."""
+    """One colocated cell on one device: its programs of FEW and MANY steps, compiling since it was made."""
 
-    def __init__(self, cell: CellConfig, args: argparse.Namespace, around: Around, log: Callable[[str], None]):
+    def __init__(self, cell: CellConfig, args: argparse.Namespace, around: Around, pool: ThreadPoolExecutor):
         import jax
 
         from jmoe.cell_runtime import CellRuntime
@@ -60,19 +58,27 @@ class Cell:
         }
         self.many = self.runtimes[MANY]
         self.timer = ColocatedTimer(self.many, args.context, around=around)
-        with ThreadPoolExecutor(3) as pool:
-            started = time.perf_counter()
-            compiling = [pool.submit(runtime.compile, ("decode", False)) for runtime in self.runtimes.values()]
-            weights = random_weights(self.many, args.distinct_layers)
-            for runtime in self.runtimes.values():
-                runtime.adopt(*weights)
-                ColocatedTimer(runtime, args.context).fill_pages()
-            log(f"weights and pages there after {time.perf_counter() - started:.1f} s")
-            counting = pool.submit(self.timer.compile_active_experts, MANY)
-            for future in compiling:
-                future.result()
-            self.compile_s = time.perf_counter() - started
-            self.count_active = counting.result()
+        self._args, self._pool = args, pool
+        self._compiling = [pool.submit(self._compile, n) for n in self.runtimes]
+
+    def _compile(self, num_steps: int) -> float:
+        start = time.perf_counter()
+        self.runtimes[num_steps].compile(("decode", False))
+        return time.perf_counter() - start
+
+    def adopt(self, weights: tuple[dict[str, Any], dict[str, Any]]) -> None:
+        """Takes the weights and fills the pages."""
+        from jmoe.colocated_timing import ColocatedTimer
+
+        for runtime in self.runtimes.values():
+            runtime.adopt(*weights)
+            ColocatedTimer(runtime, self._args.context).fill_pages()
+        self._counting = self._pool.submit(self.timer.compile_active_experts, MANY)
+
+    def wait(self) -> None:
+        """Until everything has compiled."""
+        self.compile_s = max(future.result() for future in self._compiling)
+        self.count_active = self._counting.result()
 
     def step_s(self, context: int, repeats: int, around: Around) -> float:
         """Seconds of one step: the slope between the two calls, medians of `repeats`."""
@@ -91,46 +97,28 @@ class Cell:
             medians[n] = statistics.median(times[1:])
         return (medians[MANY] - medians[FEW]) / (MANY - FEW)
 
+    def kernels(self, context: int) -> str:
+        """Every kernel of a step, by the profiler."""
+        from step_kernels import step_kernels
+
+        from jmoe.decode_batch import decode_batch
+
+        inputs = decode_batch(self.many.cell, context).array
+        return step_kernels(lambda: self.many.run(("decode", False), inputs), MANY, self.many.cell.model.num_layers)
+
     def close(self) -> None:
         """Frees the GPU for the next batch size."""
         for runtime in self.runtimes.values():
             runtime.close()
 
 
-def random_weights(runtime, distinct_layers: int):
-    """(attention, experts) on the device, normal of standard deviation fan_in^-1/2; layers beyond share arrays."""
-    import jax
-    import jax.numpy as jnp
+def random_weights(runtime):
+    """(attention, experts) on the device, normal of standard deviation fan_in^-1/2."""
+    from jmoe.checkpoints.random_weights import RandomWeights
+    from jmoe.device_params import DeviceParams
 
-    from jmoe.models.model import array_specs
-
-    found: dict[str, Any] = {}
-
-    def draw(path: str, struct, fan_in: int):
-        name, _, rest = path.partition(".")
-        if name == "layers" and distinct_layers:
-            layer, _, rest = rest.partition(".")
-            path = f"layers.{int(layer) % distinct_layers}.{rest}"
-        if path not in found:
-            key = jax.random.key(sum(ord(c) * 31**n for n, c in enumerate(path)) % 2**31)
-            found[path] = _normal(struct, fan_in)(key) if fan_in else jnp.ones(struct.shape, struct.dtype)
-        return found[path]
-
-    def of(structs, specs):
-        found.clear()
-        return {path: draw(path, struct, specs[path].fan_in) for path, struct in structs.items()}
-
-    specs = array_specs(runtime.cell.model)
-    return tuple(of(structs, part) for structs, part in zip(runtime.abstract.params(), specs, strict=True))
-
-
-def _normal(struct, fan_in: int):
-    import jax
-
-    return jax.jit(
-        lambda key: jax.random.normal(key, struct.shape, struct.dtype) * np.array(fan_in**-0.5, struct.dtype),
-        out_shardings=struct.sharding,
-    )
+    params, source = DeviceParams(runtime.cell, runtime.mesh), RandomWeights(runtime.cell.model, 0)
+    return tuple(params.place(role, source, lambda _: None) for role in ("attention", "expert"))
 
 
 def read_bandwidth(platform: str, around: Around) -> float:
@@ -146,7 +134,7 @@ def read_bandwidth(platform: str, around: Around) -> float:
 
 HEADER = (
     f"{'model':>14} {'L':>3} {'batch':>5} {'ms/step':>8} {'floor ms':>8} {'% floor':>7} {'vLLM ms':>7} {'tokens/s':>9} "
-    f"{'active':>6} {'attn us':>8} {'router':>7} {'experts':>8} {'head us':>8} {'rest us':>8} {'comp s':>6}"
+    f"{'active':>6} {'attn us':>8} {'experts':>8} {'head us':>8} {'rest us':>8} {'comp s':>6}"
 )
 
 
@@ -154,13 +142,13 @@ def report(args: argparse.Namespace, model: ModelConfig, rows: int, result: dict
     """One row of the table. "rest" is the step less its stages: what no stage accounts for."""
     floor = floor_bytes(model, rows, args.context, result["active"]) / result["read_bytes_per_s"]
     step, layers = result["step_s"], len(model.moe_layers)
-    stages = [result.get(f"{name}_s", float("nan")) * 1e6 for name in ("attention", "router", "experts", "head")]
-    rest = step * 1e6 - layers * sum(stages[:3]) - stages[3]
+    stages = [result.get(f"{name}_s", float("nan")) * 1e6 for name in ("attention", "experts", "head")]
+    rest = step * 1e6 - layers * sum(stages[:2]) - stages[2]
     vllm = VLLM_MS.get((args.model, model.num_layers, rows))
     return (
         f"{args.model:>14} {model.num_layers:>3} {rows:>5} {step * 1e3:>8.3f} {floor * 1e3:>8.3f} "
         f"{100 * floor / step:>7.1f} {vllm or '-':>7} {rows / step:>9,.0f} {result['active']:>6.1f} "
-        f"{stages[0]:>8.1f} {stages[1]:>7.1f} {stages[2]:>8.1f} {stages[3]:>8.1f} {rest:>8.1f} "
+        f"{stages[0]:>8.1f} {stages[1]:>8.1f} {stages[2]:>8.1f} {rest:>8.1f} "
         f"{result['compile_s']:>6.1f}"
     )
 
@@ -178,22 +166,31 @@ def measure(
     model = dataclasses.replace(models[args.model], num_layers=layers)
     read = read_bandwidth(args.platform, around)
     table, record = [HEADER], []
-    for rows in args.tokens:
-        log(f"{args.model}, {layers} layers, batch {rows}")
-        cell = Cell(cell_of(args, model, rows), args, around, log)
+    with ThreadPoolExecutor(4 * len(args.tokens)) as pool:  # all compile before anything is timed
+        start = time.perf_counter()
+        cells = {rows: Cell(cell_of(args, model, rows), args, around, pool) for rows in args.tokens}
+        weights = random_weights(cells[args.tokens[0]].many)
+        log(f"{args.model}, {layers} layers: weights there after {time.perf_counter() - start:.1f} s")
+        for cell in cells.values():
+            cell.adopt(weights)
+        for cell in cells.values():
+            cell.wait()
+        log(f"pages and programs there after {time.perf_counter() - start:.1f} s")
+    for rows, cell in cells.items():
         result = {"read_bytes_per_s": read, "compile_s": cell.compile_s}
         result["step_s"] = cell.step_s(args.context, args.calls, around)
-        log(f"{result['step_s'] * 1e3:.3f} ms a step; counting active experts")
+        log(f"batch {rows}: {result['step_s'] * 1e3:.3f} ms a step; counting active experts")
         result["active"] = float(cell.count_active()[FEW:].mean())
         if args.stages:
             log("timing the stages alone")
             result |= dataclasses.asdict(cell.timer.stages())
+        if args.kernels:
+            print(cell.kernels(args.context), flush=True)
         record.append({"tokens": rows, **result})
         table.append(report(args, model, rows, result))
         print("\n".join(table))
         print(f"{where()}, context {args.context}, {model.dtype}, reads at {read / 1e12:.3f} TB/s\n", flush=True)
         cell.close()
-        del cell
         if args.json:
             with open(args.json, "w") as file:
                 json.dump({"model": args.model, "layers": layers, "context": args.context, "cells": record}, file)

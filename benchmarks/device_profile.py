@@ -48,7 +48,7 @@ def profile(
             with tempfile.TemporaryDirectory() as folder:
                 with jax.profiler.trace(folder):
                     outputs = jax.block_until_ready(program())
-                events = _events(folder)
+                events = events_of(folder)
             spans.append((max(start + length for start, length, _ in events) - min(events)[0]) / calls)
             for _, length, name in events:
                 kernels[name].append(length)
@@ -77,7 +77,7 @@ def ceilings(around: Callable[[], Any] | None = None) -> dict[str, float]:
     return found
 
 
-def _events(folder: str) -> list[tuple[float, float, str]]:
+def events_of(folder: str) -> list[tuple[float, float, str]]:
     """(start, length, name) of everything on the GPU's streams, in nanoseconds."""
     [path] = glob.glob(folder + "/**/*.xplane.pb", recursive=True)
     found = []

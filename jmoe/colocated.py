@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import jax
 
-from jmoe.role_programs import AttentionRole, Chosen, ExpertRole, Lane, Pages
+from jmoe.decoder_layer import Chosen
+from jmoe.role_programs import AttentionRole, ExpertRole, Lane, Pages
 from jmoe.rows import Rows
 from jmoe.schedule import Stage
 from jmoe.sharding.shared_devices import SharedDevices
@@ -45,26 +46,29 @@ class Colocated:
           The residual behind the last layer by micro-batch, and the pages with the new tokens.
         """
         pages = list(pages)
-        lanes = [Lane(self.attention.embed(row), None) for row in rows]
+        lanes: list[tuple[jax.Array, jax.Array | None]] = [(self.attention.embed(row), None) for row in rows]
         for layer in range(len(self.attention.cell.model.moe_layers) + 1):
             for i, row in enumerate(rows):
-                lanes[i] = self._stage(Stage(layer, i), lanes[i], pages, row)
-        return lanes, pages
+                lanes[i] = self._stage(Stage(layer, i), *lanes[i], pages, row)
+        return [Lane(x, None) for x, _ in lanes], pages
 
-    def _stage(self, stage: Stage, lane: Lane, pages: Pages, rows: Rows) -> Lane:
-        """One layer of one micro-batch; its pages are put back into `pages`."""
+    def _stage(self, stage: Stage, x: jax.Array, delta: jax.Array | None, pages: Pages, rows: Rows):
+        """One layer of one micro-batch: the residual, and what the experts make, which the next stage adds to it.
+
+        Its pages are put back into `pages`.
+        """
         layers = self.attention.layers_of(stage)
-        x, kv, chosen = self.attention.layers(stage, lane.x, [pages[layer] for layer in layers], rows)
+        soon = self.expert.first_weights(stage.layer)
+        x, kv, chosen = self.attention.layers(stage, x, delta, [pages[layer] for layer in layers], rows, soon)
         if self.attention.cell.mesh.num_micro_batches > 1:
             # The next micro-batch writes into the same pages: were that scheduled before this one's reads, XLA would
             # copy the cache.
             x, kv, chosen = jax.lax.optimization_barrier((x, kv, chosen))
         pages[layers.start : layers.stop] = kv
         if chosen is None:
-            return Lane(x, None)
+            return x, None
         self._watch(chosen)
         sent = self.devices.dispatch(
             chosen.rows, chosen.topk_idx, chosen.topk_weights, rows.valid.reshape(-1), rows.positions.reshape(-1)
         )
-        sums = self.devices.combine(self.expert.partial_sums(stage.layer, *sent), x.dtype)
-        return Lane(x + sums.astype(x.dtype), None)
+        return x, self.devices.combine(self.expert.partial_sums(stage.layer, *sent), x.dtype)

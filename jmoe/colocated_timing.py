@@ -17,6 +17,8 @@ from jmoe.cell_runtime import CellRuntime
 from jmoe.colocated import Colocated
 from jmoe.decode_batch import decode_batch
 from jmoe.decode_loop import DeviceState
+from jmoe.decoder_layer import decoder_layer
+from jmoe.layer_program import run_layer
 from jmoe.models.attention import AttentionHalf
 from jmoe.models.experts import ExpertHalf
 from jmoe.models.model import take_from
@@ -28,10 +30,9 @@ from jmoe.step_inputs import StepLayout
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ColocatedTimes:
-    """Seconds of one stage of one micro-batch: attention, router and experts of one layer; the head once a step."""
+    """Seconds of one stage of one micro-batch: attention up to the router, experts of one layer; the head a step."""
 
     attention_s: float
-    router_s: float
     experts_s: float
     head_s: float
 
@@ -60,7 +61,7 @@ class ColocatedTimer:
     def stages(self) -> ColocatedTimes:
         """Every stage; the programs compile side by side."""
         many = len(self.cell.model.moe_layers)
-        counts = {"attention": (1, many), "router": (1, many), "experts": (1, many), "head": (1, 5)}
+        counts = {"attention": (1, many), "experts": (1, many), "head": (1, 5)}
         functions = {
             (name, n): functools.partial(getattr(self, f"_{name}"), n) for name, ns in counts.items() for n in ns
         }
@@ -94,11 +95,10 @@ class ColocatedTimer:
 
         def fill(params, experts, state: DeviceState, inputs):
             del params, experts
-            keys = jax.random.split(jax.random.key(0), 2 * len(state.pages or []))
-            pages = [
-                tuple(jax.random.normal(keys[2 * n + i], a.shape, a.dtype) for i, a in enumerate(kv))
-                for n, kv in enumerate(state.pages or [])
-            ]
+            pages = state.pages or []
+            drawn = jax.random.normal(jax.random.key(0), pages[0][0].shape, pages[0][0].dtype)
+            # One draw, rolled by pages: a draw for each of them would take half a minute to compile.
+            pages = [tuple(jnp.roll(drawn, 2 * n + i, axis=0) for i in range(2)) for n in range(len(pages))]
             return dataclasses.replace(state, pages=pages), inputs.max()
 
         self._compile({"fill": fill})["fill"]()
@@ -132,18 +132,10 @@ class ColocatedTimer:
         x = role.embed(rows)
         for j, module in self._modules(role, count):
             layer = self.cell.model.moe_layers[j]
-            x, pages[layer] = role.attend(module, x, pages[layer], rows)
-            x = jax.lax.optimization_barrier(x)
+            x, pages[layer], chosen = run_layer(decoder_layer, self.cell, module, x, None, pages[layer], rows, ())
+            assert chosen is not None
+            x = jax.lax.optimization_barrier(x + chosen.topk_weights[:, :1].astype(x.dtype))
         return dataclasses.replace(state, pages=pages), x
-
-    def _router(self, count: int, params, experts, state: DeviceState, inputs):
-        role = self._role(params)
-        x = role.embed(Rows.unpack(inputs[0], self._layout))
-        for _, module in self._modules(role, count):
-            topk_idx, topk_weights = module.route(module.ffn_input(x))
-            chosen = topk_weights[:, :1] + topk_idx[:, :1]
-            x = jax.lax.optimization_barrier(x + chosen.astype(x.dtype))
-        return state, x
 
     def _experts(self, count: int, params, experts, state: DeviceState, inputs):
         role, expert = self._role(params), self._experts_role(experts)

@@ -16,15 +16,18 @@ from jmoe.sharding.partition import pad_to, tensor_share
 
 
 class ParamSource(Protocol):
-    """Where parameters come from: `jmoe.checkpoints.load.CheckpointReader`, or `ArraySource` for a live model."""
+    """Where parameters come from: `jmoe.checkpoints.load.CheckpointReader`, or `ArraySource` for a live model.
+
+    What is made and not read (`RandomWeights`) is made on JAX's default device: the one that will hold it.
+    """
 
     def read(
         self, role: Literal["attention", "expert"], path: str, index: tuple[slice, ...] | None = None
-    ) -> np.ndarray: ...
+    ) -> np.ndarray | jax.Array: ...
 
     def read_experts(
         self, path: str, expert_ids: Sequence[int], index: tuple[slice, ...] | None = None
-    ) -> np.ndarray: ...
+    ) -> np.ndarray | jax.Array: ...
 
 
 class ArraySource:
@@ -80,14 +83,15 @@ class DeviceParams:
 
     def _place_one(self, role, path: str, spec: ArraySpec, source: ParamSource) -> jax.Array:
         shards: dict[jax.Device, jax.Array] = {}
-        read: dict[tuple[int, int], np.ndarray] = {}  # replicas share what was read for one of them
+        read: dict[tuple[int, int], np.ndarray | jax.Array] = {}  # replicas share what was read for one of them
         shape, dtype = (), spec.numpy_dtype(self.cell.model.dtype)
         mine = [(index, device) for index, device in self._local if self.cell.mesh.plays(index, role)]
         for index, device in mine:
             node, rank = self._node_and_rank(role, index)
             key = (node if role == "expert" else 0, rank)
             if key not in read:
-                read[key] = self._read(role, path, spec, source, node, rank)
+                with jax.default_device(device):
+                    read[key] = self._read(role, path, spec, source, node, rank)
             shape = read[key].shape
             shards[device] = jax.device_put(read[key][None], device)
         for _, device in self._local:
@@ -103,7 +107,7 @@ class DeviceParams:
             return divmod(index, mesh.attention_tensor)
         return divmod(index - mesh.first_expert_device, mesh.expert_tensor)
 
-    def _read(self, role, path: str, spec: ArraySpec, source: ParamSource, node: int, rank: int) -> np.ndarray:
+    def _read(self, role, path: str, spec: ArraySpec, source: ParamSource, node: int, rank: int):
         mesh, placement = self.cell.mesh, self.cell.mesh.placement
         assert placement is not None
         if role == "attention":

@@ -4,16 +4,16 @@
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from jmoe.cell_config import CellConfig
+from jmoe.decoder_layer import Chosen, decoder_layer
+from jmoe.layer_program import run_layer
 from jmoe.models.attention import AttentionHalf
-from jmoe.models.experts import ExpertHalf
-from jmoe.pallas_kernels.paged_attention import paged_attention
-from jmoe.pallas_kernels.place_heads import place_heads
+from jmoe.models.experts import ExpertHalf, ExpertLayer
 from jmoe.rows import Rows
 from jmoe.schedule import Stage
 from jmoe.sharding.exchange import Box, Exchange
@@ -36,12 +36,8 @@ class Lane:
     routes: Routes | None
 
 
-class Chosen(NamedTuple):
-    """What the router of a stage hands to the experts: rows `[tokens, D]`, topk_idx and topk_weights `[tokens, k]`."""
-
-    rows: jax.Array
-    topk_idx: jax.Array
-    topk_weights: jax.Array
+def _partial_sums(cell: CellConfig, module: ExpertLayer, rows, local_idx, topk_weights):
+    return module(rows, local_idx, topk_weights, cell.implementation)
 
 
 class AttentionRole:
@@ -85,11 +81,8 @@ class AttentionRole:
         """Combine of the layer before, attention, router; `pages` are those of `layers_of(stage)`."""
         routes = lane.routes
         assert routes is not None
-        if inbox is None:
-            x = self.embed(rows)
-        else:
-            x = lane.x + self._combine(inbox, routes).astype(lane.x.dtype)
-        x, pages, chosen = self.layers(stage, x, pages, rows)
+        x, delta = (self.embed(rows), None) if inbox is None else (lane.x, self._combine(inbox, routes))
+        x, pages, chosen = self.layers(stage, x, delta, pages, rows)
         if chosen is None:
             return Lane(x, routes), pages, self.exchange.empty_box()
         placement = self.exchange.mesh.placement
@@ -105,43 +98,32 @@ class AttentionRole:
         x = self.half.embed_tokens(rows.token_ids, self.tensor)
         return x.reshape(-1, x.shape[-1]).astype(self.cell.model.dtype)
 
-    def layers(self, stage: Stage, x: jax.Array, pages: Pages, rows: Rows) -> tuple[jax.Array, Pages, Chosen | None]:
+    def layers(
+        self,
+        stage: Stage,
+        x: jax.Array,
+        delta: jax.Array | None,
+        pages: Pages,
+        rows: Rows,
+        next_weights: Sequence[jax.Array] = (),
+    ) -> tuple[jax.Array, Pages, Chosen | None]:
         """The decoder layers of a stage: the residual behind them, their pages, and what the router at the end chose.
 
-        Nothing is chosen in the last stage, the head's.
+        Nothing is chosen in the last stage, the head's. `delta` is what the last experts made, added first;
+        `next_weights` are those of the experts to come, where they stand on this device.
         """
         chosen, new_pages = None, []
         for layer, kv in zip(self.layers_of(stage), pages, strict=True):
             module = self.half.layers[layer]
-            x, kv = self.attend(module, x, kv, rows)
+            x, kv, chosen = run_layer(decoder_layer, self.cell, module, x, delta, kv, rows, tuple(next_weights))
             new_pages.append(kv)
-            h = module.ffn_input(x)
-            if module.is_dense:
-                x = x + module.dense_ffn(h, self.tensor)
-                continue
-            chosen = Chosen(h, *module.route(h))
-        return x, new_pages, chosen
+            delta = None
+        return x if delta is None else x + delta.astype(x.dtype), new_pages, chosen
 
     def last_hidden(self, lane: Lane, rows: Rows) -> jax.Array:
         """Residual of each row's last valid token: `[rows, D]`."""
         x = lane.x.reshape(*rows.token_ids.shape, -1)
         return jnp.take_along_axis(x, rows.last[:, None, None], axis=1)[:, 0]
-
-    def attend(self, module, x: jax.Array, kv: tuple[jax.Array, jax.Array], rows: Rows):
-        """One layer's attention with its residual; the new keys and values go to their pages first."""
-        grid = x.reshape(*rows.token_ids.shape, -1)
-        place = (rows.page_table, rows.start_pos, rows.num_tokens)
-        (q, k, v), scales = module.heads(grid), module.head_scales()
-        q, k_pages, v_pages = place_heads(
-            q, k, v, scales[0], scales[1], kv[0], kv[1], *place,
-            theta=self.cell.model.rope_theta, eps=self.cell.model.norm_eps,
-            implementation="xla" if self.cell.kernels == "xla" else None,
-        )  # fmt: skip
-        heads = paged_attention(
-            q, k_pages, v_pages, *place,
-            sliding_window=self.cell.model.sliding_window, implementation=self.cell.implementation,
-        )  # fmt: skip
-        return x + module.output(heads, self.tensor).reshape(x.shape), (k_pages, v_pages)
 
     def _dispatch(self, h: jax.Array, routes: Routes) -> Box:
         """Rows `[tokens, D]` into the boxes of the rounds' nodes, each this rank's slice."""
@@ -189,7 +171,14 @@ class ExpertRole:
 
     def partial_sums(self, layer: int, rows: jax.Array, local_idx: jax.Array, topk_weights: jax.Array) -> jax.Array:
         """One weighted partial sum a row over this device's share of MoE layer `layer`: `[rows, D]` float32."""
-        return self.half.layers[layer](rows, local_idx, topk_weights, self.cell.implementation)
+        return run_layer(_partial_sums, self.cell, self.half.layers[layer], rows, local_idx, topk_weights)
+
+    def first_weights(self, layer: int) -> tuple[jax.Array, ...]:
+        """What the first product of MoE layer `layer` reads; nothing behind the last."""
+        if layer >= len(self.half.layers):
+            return ()
+        module = self.half.layers[layer]
+        return module.gate_proj[...], module.up_proj[...]
 
     def stage(self, stage: Stage, inbox: Box) -> Box:
         """Every replica's rows through this node's experts; one weighted partial sum a row, in the order received."""

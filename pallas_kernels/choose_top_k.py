@@ -4,6 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jmoe.pallas_kernels.choice import by_platform
 
@@ -13,14 +14,22 @@ MAX_K = 32
 
 
 def choose_top_k(
-    logits: jax.Array, k: int, renormalize: bool, *, implementation: Implementation | None = None
+    logits: jax.Array,
+    k: int,
+    renormalize: bool,
+    *,
+    num_tokens: jax.Array | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The k largest of softmax(logits), divided by their sum where `renormalize` says so.
 
     Args:
-      logits: `[tokens, E]`, of any float.
+      logits: `[tokens, E]`, of any float; or `[parts, tokens, E]` float32, partial sums (`thin_partials`).
       k: choices a token.
       renormalize: whether the k weights add up to one.
+      num_tokens: `[tokens]` int32; where it is 0 nothing stands in the row, and its topk_idx are -1.
+      dtype: what partial sums are rounded to once added up.
       implementation: "xla", "pallas" (Mosaic GPU: a warp a token), None for "pallas" on Hopper and "xla" elsewhere.
 
     Returns:
@@ -29,15 +38,19 @@ def choose_top_k(
     Raises:
       ValueError: k that is no number of experts, or an implementation that is unknown or can't run.
     """
-    if logits.ndim != 2 or not 1 <= k <= logits.shape[1]:
+    if logits.ndim not in (2, 3) or not 1 <= k <= logits.shape[-1]:
         raise ValueError(f"choose_top_k: expected logits [tokens, E] and k in 1..E, got {logits.shape} and {k}")
-    fits = logits.shape[1] <= MAX_EXPERTS and k <= MAX_K and len(logits) > 0
+    tokens, num_experts = logits.shape[-2:]
+    if num_tokens is not None and num_tokens.shape != (tokens,):
+        raise ValueError(f"choose_top_k: expected num_tokens [{tokens}], got {num_tokens.shape}")
+    fits = num_experts <= MAX_EXPERTS and k <= MAX_K and tokens > 0
+    arrays = (logits,) if num_tokens is None else (logits, num_tokens)
     forms = {
-        "xla": lambda logits: _xla(logits, k, renormalize),
-        "pallas": lambda logits: _pallas(logits, k, renormalize),
+        "xla": lambda *arrays: _xla(*arrays, k=k, renormalize=renormalize, dtype=dtype),
+        "pallas": lambda *arrays: _pallas(*arrays, k=k, renormalize=renormalize, dtype=dtype),
     }
     if implementation is None:
-        return by_platform("choose_top_k", forms["pallas"], forms["xla"], logits) if fits else forms["xla"](logits)
+        return by_platform("choose_top_k", forms["pallas"], forms["xla"], *arrays) if fits else forms["xla"](*arrays)
     if implementation not in forms:
         raise ValueError(f"choose_top_k: expected implementation 'xla', 'pallas' or None, got {implementation!r}")
     if implementation == "pallas" and not fits:
@@ -45,32 +58,36 @@ def choose_top_k(
             f"choose_top_k: 'pallas' expected 1..{MAX_EXPERTS} experts, k <= {MAX_K} and a token, got {logits.shape} "
             f"and {k}"
         )
-    return forms[implementation](logits)
+    return forms[implementation](*arrays)
 
 
-def _xla(logits: jax.Array, k: int, renormalize: bool) -> tuple[jax.Array, jax.Array]:
+def _xla(logits, num_tokens=None, *, k: int, renormalize: bool, dtype) -> tuple[jax.Array, jax.Array]:
+    if logits.ndim == 3:
+        logits = logits.sum(axis=0).astype(dtype)
     probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     topk_weights, topk_idx = jax.lax.top_k(probs, k)
     if renormalize:
         topk_weights = topk_weights / topk_weights.sum(axis=-1, keepdims=True)
-    return topk_idx.astype(jnp.int32), topk_weights
+    topk_idx = topk_idx.astype(jnp.int32)
+    return topk_idx if num_tokens is None else jnp.where(num_tokens[:, None] > 0, topk_idx, -1), topk_weights
 
 
-def _pallas(logits: jax.Array, k: int, renormalize: bool) -> tuple[jax.Array, jax.Array]:
+def _pallas(*arrays, k: int, renormalize: bool, dtype) -> tuple[jax.Array, jax.Array]:
     """The kernel; gradients are the XLA form's."""
 
     from jmoe.pallas_kernels.choose_top_k_mosaic import choose_rows
 
     @jax.custom_vjp
-    def run(logits):
-        return choose_rows(logits, k, renormalize)
+    def run(*arrays):
+        return choose_rows(*arrays, k=k, renormalize=renormalize, dtype=dtype)
 
-    def forward(logits):
-        return run(logits), logits
+    def forward(*arrays):
+        return run(*arrays), arrays
 
-    def backward(logits, cotangents):
-        _, pull = jax.vjp(lambda logits: _xla(logits, k, renormalize)[1], logits)
-        return pull(cotangents[1])
+    def backward(arrays, cotangents):
+        logits, *rest = arrays
+        _, pull = jax.vjp(lambda x: _xla(x, *rest, k=k, renormalize=renormalize, dtype=dtype)[1], logits)
+        return (*pull(cotangents[1]), *(np.zeros(a.shape, jax.dtypes.float0) for a in rest))
 
     run.defvjp(forward, backward)
-    return run(logits)
+    return run(*arrays)

@@ -15,38 +15,56 @@ from jmoe.pallas_kernels.simt_floats import Float
 NOBODY = 1 << 30  # above every expert
 
 
-def choose_rows(logits: jax.Array, k: int, renormalize: bool) -> tuple[jax.Array, jax.Array]:
+def choose_rows(
+    logits: jax.Array, num_tokens: jax.Array | None = None, *, k: int, renormalize: bool, dtype: Any = jnp.float32
+) -> tuple[jax.Array, jax.Array]:
     """`choose_top_k` in one kernel; see there."""
-    tokens, num_experts = logits.shape
+    *parts, tokens, num_experts = logits.shape
     warps = BLOCK_THREADS // WARP
+    summed = (parts[0], dtype) if parts else None
 
     def choose_top_k(*refs):
-        simt.program(_program(tokens, num_experts, k, renormalize, logits.dtype), *refs)
+        simt.program(_program(tokens, num_experts, k, renormalize, logits.dtype, summed, num_tokens is not None), *refs)
 
     idx, weights = plgpu.kernel(
         choose_top_k,
         out_type=(jax.ShapeDtypeStruct((tokens * k,), jnp.int32), jax.ShapeDtypeStruct((tokens * k,), jnp.float32)),
         grid=(-(-tokens // warps),),
         grid_names=("block",),
-    )(logits)
+    )(logits, *(() if num_tokens is None else (num_tokens,)))
     return idx.reshape(tokens, k), weights.reshape(tokens, k)
 
 
-def _program(tokens: int, num_experts: int, k: int, renormalize: bool, dtype: Any) -> Callable[..., None]:
-    """A warp takes one token: each lane holds every 32nd expert; k times the warp finds the largest that is left."""
+def _program(
+    tokens: int, num_experts: int, k: int, renormalize: bool, dtype: Any, summed: tuple[int, Any] | None, masked: bool
+) -> Callable[..., None]:
+    """A warp takes one token: each lane holds every 32nd expert; k times the warp finds the largest that is left.
 
-    def program(logits: Pointer, idx: Pointer, weights: Pointer):
+    Args:
+      summed: how many partial sums there are, and what they are rounded to; None for logits.
+      masked: whether there is a num_tokens.
+    """
+    row_bytes = num_experts * jnp.dtype(dtype).itemsize
+
+    def load(logits: Pointer, token: Word, expert: Word) -> Float:
+        element = simt.element_type(dtype)
+        if summed is None:
+            return floats.Float.load(logits.skip(token, row_bytes), expert, element)
+        found = [
+            floats.Float.load(logits.skip(token + part * tokens, row_bytes), expert, element)
+            for part in range(summed[0])
+        ]
+        return sum(found[1:], found[0]).rounded(simt.element_type(summed[1]))
+
+    def program(logits: Pointer, *rest: Pointer):
+        *counts, idx, weights = rest
         lane = simt.thread() % WARP
         token = simt.block() * (BLOCK_THREADS // WARP) + simt.warp()
         with simt.when(token < tokens):
-            row = logits.skip(token, num_experts * jnp.dtype(dtype).itemsize)
             experts = [lane + start for start in range(0, num_experts, WARP)]
             inside = [expert < num_experts for expert in experts]
-            element = simt.element_type(dtype)
-            values = [
-                floats.Float.load(row, there.select(expert, 0), element)
-                for expert, there in zip(experts, inside, strict=True)
-            ]
+            values = [load(logits, token, there.select(e, 0)) for e, there in zip(experts, inside, strict=True)]
+            here = counts[0].load(token) if masked else None
             largest = values[0]
             for value in values[1:]:
                 largest = largest.maximum(value)  # beyond the row stands expert 0 again
@@ -62,7 +80,7 @@ def _program(tokens: int, num_experts: int, k: int, renormalize: bool, dtype: An
             if renormalize:
                 total = floats.warp_reduce(floats.Float.of_bits(held), lambda a, b: a + b)  # the other lanes hold 0
             with simt.when(lane < k):
-                idx.store(token * k + lane, chosen)
+                idx.store(token * k + lane, chosen if here is None else (here < 1).select(-1, chosen))
                 (floats.Float.of_bits(held) / total).store(weights, token * k + lane)
 
     return program

@@ -1,6 +1,6 @@
 """From a decode step's projections to what attention reads: QK-norm, rotary, the new key and value in their pages."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,64 @@ def place_heads(
     return pallas(*arrays) if implementation == "pallas" else xla(*arrays)
 
 
-def _why_not(q: jax.Array, k: jax.Array, k_pages: jax.Array) -> str:
+def place_partial_heads(
+    partials: jax.Array,
+    num_heads: int,
+    q_scale: jax.Array | None,
+    k_scale: jax.Array | None,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    start_pos: jax.Array,
+    num_tokens: jax.Array,
+    *,
+    theta: float,
+    eps: float,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`place_heads` of one new token a row, from partial sums of its projections; they are rounded once added up.
+
+    Args:
+      partials: `[parts, rows, (Q + 2 G) H]` float32, queries, then keys, then values: of `thin_partials`.
+      num_heads: Q.
+      the others: as in `place_heads`.
+
+    Returns:
+      q `[rows, 1, Q, H]`, k_pages, v_pages.
+    """
+    kv_heads, head_dim = k_pages.shape[2:]
+    if partials.ndim != 3 or partials.shape[2] != (num_heads + 2 * kv_heads) * head_dim:
+        raise ValueError(
+            f"place_partial_heads: expected partials [parts, rows, (Q + 2 G) H] for {num_heads} queries, {kv_heads} "
+            f"keys and head size {head_dim}, got {partials.shape}"
+        )
+    if implementation not in (None, "xla", "pallas"):
+        raise ValueError(
+            f"place_partial_heads: expected implementation 'xla', 'pallas' or None, got {implementation!r}"
+        )
+    shape = (partials.shape[1], 1, num_heads, head_dim)
+    arrays = (partials, q_scale, k_scale, k_pages, v_pages, page_table, start_pos, num_tokens)
+
+    def xla(partials, *rest):
+        heads = partials.sum(axis=0).astype(k_pages.dtype).reshape(shape[0], 1, -1, head_dim)
+        q, k, v = jnp.split(heads, (num_heads, num_heads + kv_heads), axis=2)
+        return _xla(q, k, v, *rest, theta=theta, eps=eps)
+
+    def pallas(*arrays):
+        from jmoe.pallas_kernels.place_heads_mosaic import place_partials_pallas
+
+        return place_partials_pallas(*arrays, q_shape=shape, theta=theta, eps=eps)
+
+    q = jax.ShapeDtypeStruct(shape, k_pages.dtype)
+    why = _why_not(q, q, k_pages)
+    if implementation == "pallas" and why:
+        raise ValueError(f"place_partial_heads: 'pallas' expected {why}")
+    if implementation is None and not why:
+        return by_platform("place_heads", pallas, xla, *arrays)
+    return pallas(*arrays) if implementation == "pallas" else xla(*arrays)
+
+
+def _why_not(q: Any, k: Any, k_pages: jax.Array) -> str:
     """What the kernel can't do; empty if it can."""
     if q.shape[1] != 1:
         return f"one new token a row, got {q.shape[1]}"

@@ -19,26 +19,45 @@ WARPS = BLOCK_THREADS // WARP
 def place_heads_pallas(
     q, k, v, q_scale, k_scale, k_pages, v_pages, page_table, start_pos, num_tokens, *, theta: float, eps: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`place_heads` in one kernel; see there. Angles and cells are the same in every layer: XLA makes them once."""
+    """`place_heads` in one kernel; see there."""
     rows, _, _, head_dim = q.shape
-    cos, sin = angles(start_pos, head_dim, theta)
+    # One array: XLA makes one product of the three projections, and this takes all of it as it is.
+    projected = jnp.concatenate([a.reshape(rows, -1, head_dim) for a in (q, k, v)], axis=1)
+    pages = (k_pages, v_pages, page_table, start_pos, num_tokens)
+    return _place(projected, 0, q_scale, k_scale, *pages, q_shape=q.shape, theta=theta, eps=eps)
+
+
+def place_partials_pallas(
+    partials, q_scale, k_scale, k_pages, v_pages, page_table, start_pos, num_tokens, *, q_shape, theta, eps
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`place_partial_heads` in one kernel; see there."""
+    pages = (k_pages, v_pages, page_table, start_pos, num_tokens)
+    return _place(partials, len(partials), q_scale, k_scale, *pages, q_shape=q_shape, theta=theta, eps=eps)
+
+
+def _place(
+    projected, parts: int, q_scale, k_scale, k_pages, v_pages, page_table, start_pos, num_tokens,
+    *, q_shape: tuple[int, ...], theta: float, eps: float,
+):  # fmt: skip
+    """Of heads in the pages' dtype (parts = 0), or of partial sums; angles and cells are the same in every layer."""
+    cos, sin = angles(start_pos, q_shape[3], theta)
     cells = cells_of(k_pages.shape, page_table, start_pos, num_tokens, 1)
     # References, so that the kernel writes into the pages that it is given: as plain results they would be copied.
     k_ref, v_ref = jax.new_ref(k_pages), jax.new_ref(v_pages)
-    placed = _kernel(q.shape, k.shape[2], q.dtype, q_scale is not None, k_scale is not None, eps)(
-        # One array: XLA makes one product of the three projections, and this takes all of it as it is.
-        jnp.concatenate([a.reshape(rows, -1, head_dim) for a in (q, k, v)], axis=1),
+    norms = (q_scale is not None, k_scale is not None)
+    placed = _kernel(q_shape, k_pages.shape[2], k_pages.dtype, *norms, eps, parts)(
+        projected,
         *(scale for scale in (q_scale, k_scale) if scale is not None),
         cos, sin, cells.reshape(-1), k_ref, v_ref,
     )  # fmt: skip
-    return placed.reshape(q.shape), jax.freeze(k_ref), jax.freeze(v_ref)
+    return placed.reshape(q_shape), jax.freeze(k_ref), jax.freeze(v_ref)
 
 
-def _kernel(q_shape: tuple[int, ...], kv_heads: int, dtype: Any, q_norm: bool, k_norm: bool, eps: float):
+def _kernel(q_shape: tuple[int, ...], kv_heads: int, dtype: Any, q_norm: bool, k_norm: bool, eps: float, parts: int):
     rows, _, heads, head_dim = q_shape
 
     def place_heads(*refs):
-        simt.program(_program(rows, heads, kv_heads, head_dim, dtype, q_norm, k_norm, eps), *refs)
+        simt.program(_program(rows, heads, kv_heads, head_dim, dtype, q_norm, k_norm, eps, parts), *refs)
 
     return plgpu.kernel(
         place_heads,
@@ -49,7 +68,7 @@ def _kernel(q_shape: tuple[int, ...], kv_heads: int, dtype: Any, q_norm: bool, k
 
 
 def _program(
-    rows: int, heads: int, kv_heads: int, head_dim: int, dtype: Any, q_norm: bool, k_norm: bool, eps: float
+    rows: int, heads: int, kv_heads: int, head_dim: int, dtype: Any, q_norm: bool, k_norm: bool, eps: float, parts: int
 ) -> Callable[..., None]:
     """Warp w takes head w % (Q + 2 G) of row w // (Q + 2 G): queries, then keys, then values."""
     all_heads, row_bytes = heads + 2 * kv_heads, head_dim * jnp.dtype(dtype).itemsize
@@ -61,12 +80,20 @@ def _program(
         lane, element = simt.thread() % WARP, simt.element_type(dtype)
         index = simt.block() * WARPS + simt.warp()
         row, head = index // all_heads, index % all_heads
-        source = projected.skip(index, row_bytes)
+
+        def load(column) -> Float:
+            if not parts:
+                return simt_floats.Float.load(projected.skip(index, row_bytes), column, element)
+            found = [
+                simt_floats.Float.load(projected.skip(index + p * rows * all_heads, head_dim * 4), column)
+                for p in range(parts)
+            ]
+            return sum(found[1:], found[0]).rounded(element)
 
         def place(target: Pointer, scale: Pointer | None, turns: bool) -> None:
             columns = [lane + start for start in range(0, head_dim // 2, WARP)]
             columns += [column + head_dim // 2 for column in columns]
-            values = [simt_floats.Float.load(source, column, element) for column in columns]
+            values = [load(column) for column in columns]
             if scale is not None:
                 scales = [simt_floats.Float.load(scale, column, element) for column in columns]
                 values = _normed(values, scales, head_dim, eps, element)

@@ -98,14 +98,19 @@ class Pointer:
     def store(self, index: Any, word: Any) -> None:
         llvm.store(raw(word), self.at(index, i32()), alignment=4)
 
-    def load_vector(self, index: Any, length: int, element: Any) -> Any:
-        """`length` elements, 16 bytes in all, at vector number `index`; an MLIR vector."""
+    def load_vector(self, index: Any, length: int, element: Any, num_bytes: int = 16) -> Any:
+        """`length` elements, `num_bytes` in all, at vector number `index`; an MLIR vector."""
         kind = ir.VectorType.get((length,), element)
-        return llvm.load(kind, self.at(index, kind), alignment=16)
+        return llvm.load(kind, self.at(index, kind), alignment=num_bytes)
 
     def store_vector(self, index: Any, value: Any, num_bytes: int = 16) -> None:
         """An MLIR vector of `num_bytes` at vector number `index`."""
         llvm.store(value, self.at(index, value.type), alignment=num_bytes)
+
+    def prefetch(self, num_bytes: int) -> None:
+        """Asks for the `num_bytes` from here on, a multiple of 16, to be brought into L2; waits for nothing."""
+        text, void = "cp.async.bulk.prefetch.L2.global [$0], $1;", ir.Type.parse("!llvm.void")
+        llvm.inline_asm(void, [self.value, raw(num_bytes)], text, "l,r", has_side_effects=True)
 
     def add(self, index: Any, word: Any) -> None:
         """Atomically; the sum doesn't depend on the order, as these are integers."""

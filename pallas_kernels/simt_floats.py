@@ -101,6 +101,19 @@ class Floats:
     def __add__(self, other: "Floats") -> "Floats":
         return Floats(arith.addf(self.value, other.value))
 
+    def __mul__(self, other: "Floats") -> "Floats":
+        return Floats(arith.mulf(self.value, other.value))
+
+    def to(self, element: Any) -> Any:
+        """An MLIR vector of this type, rounded."""
+        if element == ir.F32Type.get():
+            return self.value
+        return arith.truncf(ir.VectorType.get((self.value.type.shape[0],), element), self.value)
+
+    def rounded(self, element: Any) -> "Floats":
+        """To what a shorter float holds."""
+        return Floats.of(self.to(element))
+
     def times(self, factor: Float) -> "Floats":
         return Floats(arith.mulf(self.value, vector.broadcast(self.value.type, factor.value)))
 

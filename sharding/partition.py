@@ -1,6 +1,7 @@
 """Partition: which part of a parameter one device holds, by the logical names of its axes. No JAX."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -48,8 +49,8 @@ def tensor_share(
     return tuple(slices), tuple(part)
 
 
-def pad_to(part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Zeros behind the end of each axis, up to `shape`."""
+def pad_to(part: Any, shape: tuple[int, ...]) -> Any:
+    """Zeros behind the end of each axis of an array, up to `shape`; one that has it is returned as it is."""
     if part.shape == shape:
         return part
     padded = np.zeros(shape, part.dtype)

@@ -49,7 +49,7 @@ class SharedDevices:
 
         Args:
           rows: `[tokens, D]`, the same on each tensor rank of a replica.
-          topk_idx, topk_weights: `[tokens, k]`.
+          topk_idx, topk_weights: `[tokens, k]`; topk_idx is -1 for tokens that are not valid.
           valid: `[tokens]` bool; other tokens reach no expert.
           spread: `[tokens]` int32, which replica of an expert a token takes (see `route_rows`).
 
@@ -62,9 +62,8 @@ class SharedDevices:
         if mesh.expert == 1 and mesh.placement.is_in_order:
             place = topk_idx
         else:
-            node, local = nodes_of(topk_idx, spread, mesh.placement)
-            place = node * mesh.placement.max_local_experts + local
-        place = jnp.where(valid[:, None], place, -1)
+            node, local = nodes_of(jnp.maximum(topk_idx, 0), spread, mesh.placement)
+            place = jnp.where(valid[:, None], node * mesh.placement.max_local_experts + local, -1)
         if mesh.attention > 1:
             width = rows.shape[1] // self.tensor.size
             mine = jax.lax.dynamic_slice_in_dim(rows, self.tensor.rank() * width, width, 1)

@@ -65,7 +65,7 @@ class AttentionLayer(nnx.Module):
     def heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`project` without QK-norm and rotary, which `place_heads` does beside the write to the pages."""
         c = self.config
-        x = normalize(x, self.input_norm[...], c.norm, c.norm_eps)
+        x = self.normed_input(x)
         weights = [w[...] for w in (self.q_proj, self.k_proj, self.v_proj)]
         flat = [w.reshape(w.shape[0], -1) for w in weights]
         product = thin_matmul(x.reshape(-1, x.shape[-1]), flat).reshape(*x.shape[:-1], -1, c.head_dim)
@@ -75,6 +75,10 @@ class AttentionLayer(nnx.Module):
         if c.clip_qkv is not None:
             q, k, v = (jnp.clip(a, -c.clip_qkv, c.clip_qkv) for a in (q, k, v))
         return q, k, v
+
+    def normed_input(self, x: jax.Array) -> jax.Array:
+        """What the projections read: the normalised residual."""
+        return normalize(x, self.input_norm[...], self.config.norm, self.config.norm_eps)
 
     def output(self, heads: jax.Array, tensor: TensorGroup) -> jax.Array:
         """Output projection `[..., Q, H]` -> `[..., D]`, summed over the tensor ranks."""
@@ -92,9 +96,10 @@ class AttentionLayer(nnx.Module):
         hidden = jax.nn.silu(x @ self.gate_proj[...]) * (x @ self.up_proj[...])
         return tensor.sum(hidden @ self.down_proj[...])
 
-    def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """topk_idx and topk_weights `[tokens, k]` of normalised tokens `[tokens, D]`."""
-        return choose_experts(x @ self.router[...], self.config.num_experts_per_tok, self.config.renormalize_topk)
+    def route(self, x: jax.Array, num_tokens: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """topk_idx and topk_weights `[tokens, k]` of normalised tokens `[tokens, D]`; see `choose_experts`."""
+        c = self.config
+        return choose_experts(x @ self.router[...], c.num_experts_per_tok, c.renormalize_topk, num_tokens)
 
 
 class AttentionHalf(nnx.Module):

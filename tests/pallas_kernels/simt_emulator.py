@@ -111,8 +111,13 @@ class Pointer:
     def store(self, index, word):
         self.write(index, lanes(word).astype(np.int32))
 
-    def load_vector(self, index, length, element):
+    def load_vector(self, index, length, element, num_bytes=16):
+        assert np.dtype(element).itemsize * length == num_bytes
         return self.read(index, element, length)
+
+    def prefetch(self, num_bytes):
+        first = lanes(self.offset)[MACHINE.mask]
+        assert not len(first) or (first.max() + num_bytes <= len(self.memory) and not (first % 16).any())
 
     def store_vector(self, index, value, num_bytes=16):
         assert value.nbytes == THREADS * num_bytes
@@ -190,6 +195,15 @@ class Floats:
 
     def __add__(self, other):
         return Floats(self.value + other.value)
+
+    def __mul__(self, other):
+        return Floats(self.value * other.value)
+
+    def to(self, element):
+        return self.value.astype(element)
+
+    def rounded(self, element):
+        return Floats(self.value.astype(element).astype(np.float32))
 
     def times(self, factor):
         return Floats(self.value * factor.value[:, None])
