@@ -11,6 +11,9 @@ from jmoe.pallas_kernels.push_plan import Message, PushPlan
 from jmoe.sharding.exchange import Box, Chain, Exchange
 from jmoe.sharding.mailboxes import mailbox_map
 
+# Traced and lowered once for each plan, of which a pass has a handful, and not once a call.
+_push = jax.jit(push, static_argnames=("plan", "implementation"))
+
 
 @dataclasses.dataclass(frozen=True)
 class PushExchange(Exchange):
@@ -67,7 +70,7 @@ class PushExchange(Exchange):
             chain.after(dispatch, combine).count - chain.count,
         )
         given = (box.hidden, box.num_rows, self._columns(box) if attention else (), box.row_index) if sends else ()
-        pushed = push(plan, chain.mailbox, chain.sequence, *given, implementation=self._implementation())
+        pushed = _push(plan, chain.mailbox, chain.sequence, *given, implementation=self._implementation())
         chain = dataclasses.replace(
             chain.after(dispatch, combine), sequence=pushed.sequence, faults=(*chain.faults, pushed.faults)
         )
