@@ -93,6 +93,16 @@ class RolePair:
             raise errors[0]
         return results[0]
 
+    def together(self, attention: Callable[[], Any], expert: Callable[[], Any]) -> tuple[Any, Any]:
+        """Calls both at once, each in its role's thread; returns what both return."""
+        futures = [self._threads[role].submit(call) for role, call in zip(ROLES, (attention, expert), strict=True)]
+        return futures[0].result(), futures[1].result()
+
+    def adopt(self, attention: dict[str, jax.Array], experts: dict[str, jax.Array]) -> None:
+        """Takes arrays over each role's devices as the weights, with empty pages."""
+        self.attention.adopt(attention, {})
+        self.expert.adopt({}, experts)
+
     def set_sequence(self, device_index: int, value: int) -> None:
         """See `CellRuntime.set_sequence`."""
         role = self.cell.mesh.role(device_index)
