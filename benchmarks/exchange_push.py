@@ -194,6 +194,10 @@ class PushCase:
         wrong = [what for d in self.devices if (what := self._wrong(d, *outputs[d.index][:2]))]
         return {"us": statistics.median(times[1:]) * 1e6, "least_us": min(times[1:]) * 1e6, "wrong": wrong}
 
+    def rows_sent(self) -> list[int]:
+        """Rows of each dispatch of this process's attention devices."""
+        return [int(n) for d in self.devices if d.exchange.role == "attention" for n in d.box.num_rows]
+
     def _hops(self) -> int:
         return self.case.hops * (2 if self.case.pattern == "half_rtt" else 1)
 
