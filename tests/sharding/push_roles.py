@@ -1,4 +1,7 @@
-"""Both roles' programs of a push exchange on CPU devices of this process, each over its own devices, from two threads."""
+"""Both roles' programs of a push exchange on CPU devices of this process, one program and one thread a device.
+
+Not one program a role: XLA's CPU client runs one program of several devices at a time, and the roles would never meet.
+"""
 
 import concurrent.futures
 import dataclasses
@@ -6,14 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from jmoe.lowering import on_each_device
 from jmoe.sharding.exchange import Chain
 from jmoe.sharding.mailboxes import Mailboxes
-from jmoe.sharding.mesh_config import AXIS
 from jmoe.sharding.push_exchange import PushExchange
 
 ROLES = ("attention", "expert")
@@ -38,18 +37,21 @@ class Roles:
 
     def run(self, program: Callable[..., Any], given: Any, sequences: Sequence[int], roles=ROLES) -> dict[str, Any]:
         """program(exchange of the role, chain, this device's part of `given`), for all devices of `roles` at once."""
+        programs = {role: self._compiled(program, role) for role in roles}
 
-        def one(role: str) -> Any:
-            own, exchange = self.indices(role), self.exchange.playing(role)  # type: ignore[arg-type]
-            tables = jnp.asarray(np.stack([self.mailboxes.table(i) for i in own]))
-            numbers = jnp.asarray([sequences[i] for i in own], jnp.int32)
-            part = jax.tree.map(lambda a: np.asarray(a)[own.start : own.stop], given)
+        def one(index: int) -> Any:
+            part = jax.tree.map(lambda a: np.asarray(a)[index], given)
+            words = self.mailboxes.table(index), np.int32(sequences[index]), part
+            found = programs[self.exchange.mesh.role(index)](*jax.device_put(words, self.devices[index]))
+            return jax.tree.map(np.asarray, found)
 
-            def on_device(table, number, part):
-                return program(exchange, Chain.start(number, mailbox=table), part)
+        indices = [i for role in roles for i in self.indices(role)]
+        with concurrent.futures.ThreadPoolExecutor(len(indices)) as pool:
+            found = dict(zip(indices, pool.map(one, indices), strict=True))
+        return {
+            role: jax.tree.map(lambda *parts: np.stack(parts), *(found[i] for i in self.indices(role))) for role in roles
+        }
 
-            mesh = Mesh(np.array(self.devices[own.start : own.stop]), (AXIS,))
-            return jax.tree.map(np.asarray, jax.jit(on_each_device(on_device, mesh))(tables, numbers, part))
-
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            return dict(zip(roles, pool.map(one, roles), strict=True))
+    def _compiled(self, program: Callable[..., Any], role: str) -> Any:
+        exchange = self.exchange.playing(role)  # type: ignore[arg-type]
+        return jax.jit(lambda table, number, part: program(exchange, Chain.start(number, mailbox=table), part))

@@ -48,7 +48,7 @@ def assert_same_rows(got, want, num_attention):
         mine = np.asarray(getattr(got, name))
         assert mine.dtype == array.dtype, name
         first = 0 if name in ("hidden", "num_rows") else num_attention
-        heard = np.ones_like(inside[:, 0]) if name == "num_rows" else inside
+        heard = np.ones_like(inside[..., 0]) if name == "num_rows" else inside
         np.testing.assert_array_equal(mine[first:][heard[first:]], array[first:][heard[first:]], err_msg=name)
 
 
