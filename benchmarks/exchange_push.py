@@ -59,7 +59,7 @@ class Case:
     def hops(self) -> int:
         """Exchanges of one run: some 3 ms of them, in whole turns of the loop."""
         guess_s = 8e-6 + self.size / 300e9
-        return max(2, min(50, int(3e-3 / guess_s) // UNROLL)) * UNROLL
+        return max(3, min(50, int(3e-3 / guess_s) // UNROLL)) * UNROLL
 
 
 def drawn(case: Case, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -104,32 +104,34 @@ def program(case: Case, exchange: PushExchange, hops: int) -> Any:
         return dataclasses.replace(chain, count=ahead, dispatches=ahead)
 
     def exchanges(count, number, got, table, box):
+        """`count` of them: the next number, what came last, and the last faults (a device out of step stays so)."""
         chain = start(number, table)
         for _ in range(count):
             if pattern == "one_way":
                 got, chain = exchange(box, chain, dispatch=True, combine=False)
             else:
                 got, chain = exchange(got if ahead else box, chain, dispatch=True, combine=True)
-        return chain.sequence, got, chain.fault()
+        return chain.sequence, got, chain.faults[-1]
 
     def run(table, sequence, box):
-        got, number, fault = exchange.empty_box(), sequence, jnp.full((2,), -1, jnp.int32)
+        got, number = exchange.empty_box(), sequence
+        first = jnp.full((1, 2), -1, jnp.int32)
         if ahead:
             got, chain = exchange(box, Chain.start(number, mailbox=table), dispatch=True, combine=False)
-            number, fault = chain.sequence, chain.fault()
+            number, first = chain.sequence, chain.faults[-1]
+        number, got, fault = exchanges(UNROLL, number, got, table, box)
 
         def turn(_, carry):
-            number, got, fault = carry
-            number, got, found = exchanges(UNROLL, number, got, table, box)
-            return number, got, jnp.maximum(fault, found)
+            number, got, _ = carry
+            return exchanges(UNROLL, number, got, table, box)
 
-        carry = jax.lax.fori_loop(0, hops // UNROLL - ahead, turn, (number, got, fault))
-        number, got, fault = carry
+        number, got, fault = jax.lax.fori_loop(0, hops // UNROLL - 1 - ahead, turn, (number, got, fault))
+        faults = [first, fault]
         if ahead:
-            number, got, found = exchanges(UNROLL - 1, number, got, table, box)
+            number, got, fault = exchanges(UNROLL - 1, number, got, table, box)
             _, chain = exchange(got, start(number, table), dispatch=False, combine=True)
-            number, fault = chain.sequence, jnp.maximum(jnp.maximum(fault, found), chain.fault())
-        return got, fault, number
+            number, faults = chain.sequence, [*faults, fault, chain.faults[-1]]
+        return got, jnp.max(jnp.concatenate(faults), axis=0), number
 
     return run
 
@@ -193,6 +195,10 @@ class PushCase:
             times.append((time.perf_counter() - begin) / self._hops())
         wrong = [what for d in self.devices if (what := self._wrong(d, *outputs[d.index][:2]))]
         return {"us": statistics.median(times[1:]) * 1e6, "least_us": min(times[1:]) * 1e6, "wrong": wrong}
+
+    def rows_sent(self) -> list[int]:
+        """Rows of each dispatch of this process's attention devices."""
+        return [int(n) for d in self.devices if d.exchange.role == "attention" for n in d.box.num_rows]
 
     def _hops(self) -> int:
         return self.case.hops * (2 if self.case.pattern == "half_rtt" else 1)

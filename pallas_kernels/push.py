@@ -66,7 +66,7 @@ def push(
       ValueError: rows that "pallas" can't move by 16-byte vectors, or an unknown implementation.
     """
     if implementation == "pallas":
-        return Pushed(*push_pallas(plan, table, sequence, rows, counts, columns, index))
+        return Pushed(*_push_pallas(plan, table, sequence, rows, counts, columns, index))
     if implementation != "reference":
         raise ValueError(f"push.implementation: expected 'pallas' or 'reference', got {implementation!r}")
     sent = () if plan.sends is None else (rows, index, counts, *columns)
@@ -78,6 +78,10 @@ def push(
         return Pushed(None, (), None, faults, after)
     rows, counts, *columns_out = received
     return Pushed(rows, tuple(columns_out), counts, faults, after)
+
+
+# Traced and lowered once for each plan and shape: a program holds one call for each layer and micro-batch.
+_push_pallas = jax.jit(push_pallas, static_argnums=0)
 
 
 def _types(message: Message | None, rounds: int) -> tuple[Any, ...]:

@@ -17,12 +17,12 @@ from jmoe.pallas_kernels.push_plan import (
     CREDIT_BYTES,
     FLAG_BYTES,
     MAX_BLOCKS,
-    MAX_BLOCKS_A_ROUND,
     SEQUENCE_MASK,
     TABLE_DEADLINE,
     TABLE_HEAD,
     TABLE_OWN,
     TABLE_SLOT_UNITS,
+    TAGGED_UNITS,
     TIMED_OUT,
     VECTOR_BYTES,
     MailboxMap,
@@ -32,7 +32,7 @@ from jmoe.pallas_kernels.push_plan import (
 from jmoe.pallas_kernels.simt import Pointer, Word
 
 IN_FLIGHT = 8  # 16-byte loads of a thread that are under way at once
-BATCHES_A_FLAG = 4  # a flag says how far a block is, every 64 KiB: the receiver copies while more arrives
+BATCHES_A_FLAG = 1  # a flag says how far a block is, every 16 KiB: the receiver copies while more arrives
 EPOCH = 4096  # flags of one message; a flag is epoch * EPOCH + how many of them are done
 
 
@@ -100,8 +100,6 @@ class _Call:
             waited = simt_peer.wait(pointer, least, patience)
             self.shared.store(0, waited.reached.select(1, 0))
             self.shared.store(1, waited.high)
-            with simt.when(simt_peer.negated(waited.reached)):
-                simt_peer.store_word(self.own, MailboxMap.dead // 4, 1)
         simt.barrier()
         return self.shared.load(0) >= 1, self.shared.load(1)
 
@@ -109,6 +107,11 @@ class _Call:
         """This block's entry of the faults; one thread."""
         self.faults.store(self.block * 2, expected)
         self.faults.store(self.block * 2 + 1, got)
+
+    def give_up(self, number: Word) -> None:
+        """A wait has expired: says so, and lets every later one of this device expire at once."""
+        self.say(number, simt.word(TIMED_OUT))
+        simt_peer.store_word(self.own, MailboxMap.dead // 4, 1)
 
     def count(self, start: int, place: Word, blocks: int, epoch: Word) -> None:
         """The owner's counters: each block advances its own, and those of blocks that this kernel doesn't have."""
@@ -165,29 +168,15 @@ def _send(call: _Call, message: Message, num_blocks: int, gathers: bool, rows, c
         credit = call.own.skip(r, CREDIT_BYTES).skip(simt.word(mailbox.credits), 1)
         ready, _ = call.wait(credit, epoch - (mailbox.num_slots - 1), call.patience())
         with simt.when(ready):
-            slot = _slot(call, peer, r, epoch)
-            share.target = lambda row: slot.skip(row, message.row_bytes)
-            flag = _flag(mailbox, peer, r, b, epoch)
-            for column, start in zip(columns, message.column_starts, strict=True):
-                column.store(slot.skip(simt.word(start), 1))
+            line, tagged = _Line(mailbox, peer, r, b, epoch), share.is_tagged(message)
             with simt.when(thread.equals(0)):
-                flag.store(2, number)
-
-            def release(chunk: Word) -> None:
-                simt.barrier()
-                with simt.when(thread.equals(0)):
-                    simt_peer.release(flag, epoch * EPOCH + chunk + 1, count)
-
-            def send_chunk(chunk):
-                share.move(chunk)
-                release(chunk)
-                return []
-
-            share.move(0, begun)
-            release(simt.word(0))
-            simt.loop(1, share.chunks(), 1, [], send_chunk)
+                simt_peer.store_tagged(line.flag, 0, [count, number], line.tag)
+            with simt.when(tagged):
+                _send_tagged(line, share, begun, columns)
+            with simt.when(simt_peer.negated(tagged)):
+                _send_bulk(_slot(call, peer, r, epoch), line, share, begun, columns)
         with simt.when(simt_peer.negated(ready)), simt.when(thread.equals(0)):
-            call.say(number, simt.word(TIMED_OUT))
+            call.give_up(number)
     call.count(MailboxMap.sent, call.block, num_blocks, epoch)
 
 
@@ -206,56 +195,143 @@ def _receive(call: _Call, message: Message, num_blocks: list[int], counts, rows,
         with simt.when(b.equals(0) & thread.equals(BLOCK_THREADS - 1)):
             credit = peer.skip(r, CREDIT_BYTES).skip(simt.word(mailbox.credits), 1)
             simt_peer.release(credit, epoch, simt.word(0))
-        slot = _slot(call, call.own, r, epoch)
-        flag = _flag(mailbox, call.own, r, b, epoch)
-        patience = call.patience()
-        arrived, count = call.wait(flag, epoch * EPOCH + 1, patience)
-        count = _within(count, message.capacity)
+        simt.barrier()  # the fault's first word is said, and all have read the counter that ends this kernel
+        line, patience = _Line(mailbox, call.own, r, b, epoch), call.patience()
+        arrived, (count, got) = simt_peer.wait_tagged([(line.flag, 0)], 2, line.tag, patience)
+        share = _Share(message, _within(count, message.capacity), b, blocks, thread)
+        with simt.when(b.equals(0) & thread.equals(0)):
+            counts.store(r, arrived.select(share.count, 0))
+            with simt.when(arrived & simt_peer.negated(got.equals(expected))):
+                call.say(expected, got)
+        with simt.when(simt_peer.negated(arrived)):
+            call.give_up(expected)
         with simt.when(arrived):
-            share = _Share(message, count, b, blocks, thread)
             out = rows.skip(r, message.capacity * message.row_bytes)
-            share.source = lambda row: slot.skip(row, message.row_bytes)
             share.target = lambda row: out.skip(row, message.row_bytes)
-            begun = share.load(share.places(simt.word(0)))
-            sent = [
-                _Column(slot.skip(simt.word(start), 1), words, share)
-                for start, words in zip(message.column_starts, message.columns, strict=True)
-            ]
-            for column, target, words in zip(sent, columns, message.columns, strict=True):
-                column.store(target.skip(r, message.capacity * words * 4))
-            share.move(0, begun)
-            with simt.when(b.equals(0) & thread.equals(0)):
-                got = flag.load(2)
-                counts.store(r, count)
-                with simt.when(simt_peer.negated(got.equals(expected))):
-                    call.say(expected, got)
-
-            def receive_chunk(chunk):
-                simt.barrier()  # all have read what the wait before said
-                reached, _ = call.wait(flag, epoch * EPOCH + chunk + 1, call.patience())
-                with simt.when(reached):
-                    share.move(chunk)
-                with simt.when(simt_peer.negated(reached)), simt.when(thread.equals(0)):
-                    call.say(expected, simt.word(TIMED_OUT))
-                return []
-
-            simt.loop(1, share.chunks(), 1, [], receive_chunk)
-        with simt.when(simt_peer.negated(arrived)), simt.when(thread.equals(0)):
-            call.say(expected, simt.word(TIMED_OUT))
-            with simt.when(b.equals(0)):
-                counts.store(r, 0)
+            targets = [c.skip(r, message.capacity * w * 4) for c, w in zip(columns, message.columns, strict=True)]
+            tagged = share.is_tagged(message)
+            with simt.when(tagged):
+                _take_tagged(call, line, share, targets, expected, patience)
+            with simt.when(simt_peer.negated(tagged)):
+                _take_bulk(call, _slot(call, call.own, r, epoch), line, share, targets, expected, patience)
     with simt.when(simt_peer.negated(there)), simt.when(b.equals(0) & thread.equals(0)):
         counts.store(r, 0)
     call.count(MailboxMap.received, place, num_blocks[1], epoch)
 
 
+class _Line:
+    """A block's line to its twin: its flag, and its part of the slot for tagged messages."""
+
+    def __init__(self, where: MailboxMap, mailbox: Pointer, r: Word, b: Word, epoch: Word):
+        self.b, self.epoch, self.tag = b, epoch, epoch + 1
+        number = r * where.num_slots + (epoch & (where.num_slots - 1))
+        self.flag = mailbox.skip(simt.word(where.flags), 1).skip(number * where.max_blocks + b, FLAG_BYTES)
+        slot = mailbox.skip(simt.word(where.tagged), 1).skip(number, where.tagged_slot_bytes)
+        self._rows = slot.skip(b, TAGGED_UNITS * 2 * BLOCK_THREADS * VECTOR_BYTES)
+        self._columns = slot.skip(simt.word(where.tagged_rows_bytes), 1)
+        self._column_bytes = where.tagged_column_bytes
+
+    @property
+    def progress(self) -> Pointer:
+        return self.flag.skip(simt.word(FLAG_BYTES // 2), 1)
+
+    def halves(self, unit: int, thread: Word) -> list[tuple[Pointer, Word]]:
+        """Where the two halves of this thread's 16 bytes of the block's unit number `unit` go."""
+        return [(self._rows, thread + (unit * 2 + half) * BLOCK_THREADS) for half in range(2)]
+
+    def column(self, number: int) -> Pointer:
+        return self._columns.skip(simt.word(number), self._column_bytes)
+
+
+def _send_tagged(line: _Line, share: "_Share", begun: list["_Held"], columns: list["_Column"]) -> None:
+    """What each thread holds goes out with tags, twice the bytes: nothing waits for a fence."""
+    for i, held in enumerate(begun[:TAGGED_UNITS]):
+        with simt.when(held.place.inside):
+            for half, (pointer, index) in enumerate(line.halves(i, share.thread)):
+                simt_peer.store_tagged(pointer, index, held.words[half * 2 : half * 2 + 2], line.tag)
+    for number, column in enumerate(columns):
+        with simt.when(column.inside):
+            simt_peer.store_tagged(line.column(number), column.first, [column.held], line.tag)
+
+
+def _take_tagged(
+    call: _Call, line: _Line, share: "_Share", columns: list[Pointer], expected: Word, patience: Word
+) -> None:
+    for i in range(TAGGED_UNITS):
+        at = share.place(i)
+        with simt.when(at.inside):
+            arrived, words = simt_peer.wait_tagged(line.halves(i, share.thread), 2, line.tag, patience)
+            simt_peer.store_vector_if(arrived, share.target(at.row), at.vector, words)
+            with simt.when(simt_peer.negated(arrived)):
+                call.give_up(expected)
+    for number, (target, words) in enumerate(zip(columns, share.message.columns, strict=True)):
+        first = share.b * BLOCK_THREADS + share.thread
+        with simt.when(first < share.count * words):
+            arrived, [word] = simt_peer.wait_tagged([(line.column(number), first)], 1, line.tag, patience)
+            target.store(first, word)
+            with simt.when(simt_peer.negated(arrived)):
+                call.give_up(expected)
+
+
+def _send_bulk(slot: Pointer, line: _Line, share: "_Share", begun: list["_Held"], columns: list["_Column"]) -> None:
+    """Plain stores; after each chunk one thread says how far the block is, behind a fence."""
+    share.target = lambda row: slot.skip(row, share.message.row_bytes)
+    for column, start in zip(columns, share.message.column_starts, strict=True):
+        column.store(slot.skip(simt.word(start), 1))
+
+    def release(chunk: Word) -> None:
+        simt.barrier()
+        with simt.when(share.thread.equals(0)):
+            simt_peer.release(line.progress, line.epoch * EPOCH + chunk + 1, simt.word(0))
+
+    def send_chunk(chunk):
+        share.move(chunk)
+        release(chunk)
+        return []
+
+    share.move(0, begun)
+    release(simt.word(0))
+    simt.loop(1, share.chunks(), 1, [], send_chunk)
+
+
+def _take_bulk(
+    call: _Call, slot: Pointer, line: _Line, share: "_Share", columns: list[Pointer], expected: Word, patience: Word
+) -> None:
+    message = share.message
+    share.source = lambda row: slot.skip(row, message.row_bytes)
+
+    def first_chunk() -> None:
+        begun = share.load(share.places(simt.word(0)))
+        sent = [
+            _Column(slot.skip(simt.word(start), 1), words, share)
+            for start, words in zip(message.column_starts, message.columns, strict=True)
+        ]
+        for column, target in zip(sent, columns, strict=True):
+            column.store(target)
+        share.move(0, begun)
+
+    def take(chunk: Word, patience: Word, copy: Callable[[], None]) -> None:
+        reached, _ = call.wait(line.progress, line.epoch * EPOCH + chunk + 1, patience)
+        with simt.when(reached):
+            copy()
+        with simt.when(simt_peer.negated(reached) & share.thread.equals(0)):
+            call.give_up(expected)
+
+    def take_chunk(chunk):
+        simt.barrier()  # all have read what the wait before said
+        take(chunk, call.patience(), lambda: share.move(chunk))
+        return []
+
+    take(simt.word(0), patience, first_chunk)
+    simt.loop(1, share.chunks(), 1, [], take_chunk)
+
+
 class _Place(NamedTuple):
-    """16 bytes of a row: which, whether the message holds them, and where the row is read."""
+    """16 bytes of a row: which, and whether the message holds them."""
 
     row: Word
     vector: Word
     inside: Word
-    source: Pointer
 
 
 class _Held(NamedTuple):
@@ -280,19 +356,26 @@ class _Share:
         step = self.blocks * IN_FLIGHT * BATCHES_A_FLAG
         return (self.b < self.units).select((self.units - self.b + (step - 1)) // step, 1)
 
-    def places(self, first: Word) -> list["_Place"]:
-        """Where this thread's parts of the batch of units that begins at `first` stand."""
-        found = []
-        for i in range(IN_FLIGHT):
-            unit = self.b + i * self.blocks + first
-            row, vector = self._place(unit)
-            inside = (unit < self.units) & (row < self.count) & (vector < self.message.row_vectors)
-            found.append(_Place(row, vector, inside, self.source(row)))
-        return found
+    def is_tagged(self, message: Message) -> Word:
+        """Whether the message goes with tags: both sides find the same."""
+        small = self.units < self.blocks * TAGGED_UNITS + 1
+        most = max(message.columns, default=0)
+        return small & (self.count * most < self.blocks * BLOCK_THREADS + 1)
 
-    def load(self, places: list["_Place"]) -> list["_Held"]:
+    def place(self, i: int, first: Word | int = 0) -> "_Place":
+        """This thread's part of unit number `i` of the batch that begins at `first`."""
+        unit = self.b + i * self.blocks + first
+        row, vector = self._place(unit)
+        return _Place(row, vector, (unit < self.units) & (row < self.count) & (vector < self.message.row_vectors))
+
+    def places(self, first: Word) -> list[tuple["_Place", Pointer]]:
+        """This thread's parts of the batch, and where they are read."""
+        found = [self.place(i, first) for i in range(IN_FLIGHT)]
+        return [(at, self.source(at.row)) for at in found]
+
+    def load(self, places: list[tuple["_Place", Pointer]]) -> list["_Held"]:
         """A batch: all its loads are under way at once."""
-        return [_Held(at, simt_peer.load_vector_if(at.inside, at.source, at.vector)) for at in places]
+        return [_Held(at, simt_peer.load_vector_if(at.inside, source, at.vector)) for at, source in places]
 
     def store(self, batch: list["_Held"]) -> None:
         for held in batch:
@@ -347,11 +430,6 @@ def _slot(call: _Call, mailbox: Pointer, r: Word, epoch: Word) -> Pointer:
     where = call.plan.mailbox
     number = r * where.num_slots + (epoch & (where.num_slots - 1))
     return simt_peer.beyond(mailbox.skip(simt.word(where.data), 1), number, call.slot_units, VECTOR_BYTES)
-
-
-def _flag(where: MailboxMap, mailbox: Pointer, r: Word, b: Word, epoch: Word) -> Pointer:
-    number = (r * where.num_slots + (epoch & (where.num_slots - 1))) * MAX_BLOCKS_A_ROUND + b
-    return mailbox.skip(simt.word(where.flags), 1).skip(number, FLAG_BYTES)
 
 
 def _within(count: Word, capacity: int) -> Word:

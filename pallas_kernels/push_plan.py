@@ -12,10 +12,11 @@ import jax.numpy as jnp
 
 VECTOR_BYTES = 16
 BLOCK_THREADS = 128
-MAX_BLOCKS = 128  # that send, and as many that receive: with one block a multiprocessor all of them run at once
-MAX_BLOCKS_A_ROUND = 64
-FLAG_BYTES = 16  # progress and row count in one 8-byte word, the message's number, padding
+MAX_BLOCKS = 128  # that send, and as many that receive: two small blocks a multiprocessor, so all run at once
+FLAG_BYTES = 32  # of each block: a tagged header (row count, tag, number, tag), then how far its bulk is
 CREDIT_BYTES = 128
+TAGGED_UNITS = 2  # units of each block that a tagged message may have
+MAX_COLUMNS = 4
 
 # The address table: int32 words. Head, then two words a round: the peer's mailbox, 0 for no peer.
 TABLE_DEVICE = 0  # this device's index on the joint axis
@@ -53,8 +54,30 @@ class MailboxMap:
         return self.credits + self.num_rounds * CREDIT_BYTES
 
     @property
+    def max_blocks(self) -> int:
+        """That share one round's message."""
+        return MAX_BLOCKS // self.num_rounds
+
+    @property
+    def tagged(self) -> int:
+        """Small messages in 8-byte halves of a word and its tag: first rows, then columns."""
+        return _round_up(self.flags + self.num_rounds * self.num_slots * self.max_blocks * FLAG_BYTES, 4096)
+
+    @property
+    def tagged_rows_bytes(self) -> int:
+        return self.max_blocks * TAGGED_UNITS * BLOCK_THREADS * VECTOR_BYTES * 2
+
+    @property
+    def tagged_column_bytes(self) -> int:
+        return self.max_blocks * BLOCK_THREADS * 8
+
+    @property
+    def tagged_slot_bytes(self) -> int:
+        return self.tagged_rows_bytes + MAX_COLUMNS * self.tagged_column_bytes
+
+    @property
     def data(self) -> int:
-        return _round_up(self.flags + self.num_rounds * self.num_slots * MAX_BLOCKS_A_ROUND * FLAG_BYTES, 4096)
+        return _round_up(self.tagged + self.num_rounds * self.num_slots * self.tagged_slot_bytes, 4096)
 
     def num_bytes(self, slot_bytes: int) -> int:
         """Of the whole mailbox."""
@@ -123,10 +146,12 @@ class Message:
 
     def blocks(self, num_rounds: int) -> int:
         """Blocks that move one round's message: what both sides compute alike."""
-        return max(1, min(MAX_BLOCKS_A_ROUND, MAX_BLOCKS // num_rounds, self.max_units))
+        return max(1, min(MAX_BLOCKS // num_rounds, self.max_units))
 
     def check(self) -> None:
-        """ValueError for rows that can't be moved by 16-byte vectors."""
+        """ValueError for rows that can't be moved by 16-byte vectors, or too many columns."""
+        if len(self.columns) > MAX_COLUMNS:
+            raise ValueError(f"push: expected at most {MAX_COLUMNS} columns, got {len(self.columns)}")
         if self.row_bytes % VECTOR_BYTES or not self.row_bytes:
             raise ValueError(
                 f"push: 'pallas' expected rows of a multiple of {VECTOR_BYTES} bytes, got {self.width} of {self.dtype}"

@@ -61,6 +61,43 @@ def store_vector_if(inside: Word, pointer: Pointer, index: Any, words: list[Word
     llvm.inline_asm(_void(), operands, text, "l,r,r,r,r,r", has_side_effects=True)
 
 
+def store_tagged(pointer: Pointer, index: Any, words: list[Word], tag: Word) -> None:
+    """One or two words, each in one 8-byte half with its tag, at number `index` of such groups.
+
+    An aligned 8-byte half is written and read as one, so a reader that finds the tag has the word: no fence is needed.
+    """
+    kinds = {1: "v2.b32 [$0], {$1, $2}", 2: "v4.b32 [$0], {$1, $3, $2, $3}"}
+    operands = [_group(pointer, index, len(words)), *(w.value for w in words), tag.value]
+    text = f"st.volatile.global.{kinds[len(words)]};"
+    llvm.inline_asm(_void(), operands, text, "l" + ",r" * (len(words) + 1), has_side_effects=True)
+
+
+def wait_tagged(groups: list[tuple[Pointer, Any]], length: int, tag: Word, patience: Word) -> tuple[Word, list[Word]]:
+    """Until every group of `length` words carries the tag: (whether they do, all words). For each thread by itself."""
+    word, bit = simt.i32(), ir.IntegerType.get_signless(1)
+    start = ticks()
+    loop = scf.WhileOp([bit] + [word] * (length * len(groups)), [])
+    with ir.InsertionPoint(loop.before.blocks.append()):
+        found, tagged = [], None
+        for pointer, index in groups:
+            kind = llvm.StructType.get_literal([word] * (2 * length))
+            outs = ", ".join(f"${i}" for i in range(2 * length))
+            text = f"ld.volatile.global.v{2 * length}.b32 {{{outs}}}, [${2 * length}];"
+            constraint = ",".join(["=r"] * (2 * length) + ["l"])
+            seen = llvm.inline_asm(kind, [_group(pointer, index, length)], text, constraint, has_side_effects=True)
+            parts = [Word(llvm.extractvalue(word, seen, [i])) for i in range(2 * length)]
+            found += parts[::2]
+            for part in parts[1::2]:
+                tagged = part.equals(tag) if tagged is None else tagged & part.equals(tag)
+        late = (ticks() - start) >= patience
+        more = arith.xori(arith.ori(tagged.value, late.value), arith.constant(bit, 1))
+        scf.condition(more, [tagged.value, *(w.value for w in found)])
+    with ir.InsertionPoint(loop.after.blocks.append(bit, *[word] * (length * len(groups)))):
+        scf.yield_([])
+    reached, *words = map(Word, loop.results)
+    return reached, words
+
+
 def load_word(pointer: Pointer, index: Any) -> Word:
     """A word that another kernel may have written; never cached from before."""
     text = "ld.relaxed.sys.global.b32 $0, [$1];"
@@ -109,6 +146,10 @@ def wait(pointer: Pointer, least: Word, deadline: Word) -> Waited:
 
 def _i64() -> Any:
     return ir.IntegerType.get_signless(64)
+
+
+def _group(pointer: Pointer, index: Any, length: int) -> Any:
+    return pointer.at(index, ir.VectorType.get((2 * length,), simt.i32()))
 
 
 def _vector() -> Any:

@@ -67,7 +67,8 @@ def run(exchange: Exchange, ways, sequences):
 
 def expected_arrivals(exchange: Exchange, sent: Box, way: str) -> dict[str, np.ndarray]:
     dispatch, combine = WAYS[way]
-    fields = {f.name: np.asarray(getattr(sent, f.name)) for f in dataclasses.fields(Box)}
+    names = (f.name for f in dataclasses.fields(Box) if getattr(sent, f.name) is not None)
+    fields = {name: np.asarray(getattr(sent, name)) for name in names}
     want = {name: np.zeros_like(array) for name, array in fields.items()}
     for r, pairs in enumerate(exchange.rounds.pairs):
         for a, e in pairs:
