@@ -4,6 +4,8 @@
     python benchmarks/decode_step.py --model tiny --platform cpu --context 64 --tokens 4
     python benchmarks/decode_step.py --colocated --model qwen3-30b-a3b      # both roles on one GPU, batch 16 and 128
     python benchmarks/decode_step.py --colocated --model tiny --layers 1 --platform cpu --context 64 --tokens 4
+    python benchmarks/decode_step.py --transport push --tokens 128 --contexts 1024 4096 --against-colocated
+    python benchmarks/decode_step.py --transport push --tokens 128 --micro-batches 3 --soak-s 480   # twice, say
 
 Each executor runs in a process of its own. Times are medians; the tick is a call's time over steps x layers x
 micro-batches, its heads taken off. "plan us" is what the planner's closed form says of the schedule that is built, from
@@ -189,6 +191,12 @@ def main(argv: Sequence[str] | None = None, around: Callable[[], Any] | None = N
     parser.add_argument("--kernels", action="store_true", help="colocated, on a GPU: every kernel of a step")
     parser.add_argument("--no-stages", dest="stages", action="store_false", help="colocated: the step alone")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[3, 4])
+    parser.add_argument("--transport", choices=["ppermute", "push"], default="ppermute", help="push: roles apart")
+    parser.add_argument("--directions", choices=["auto", "one", "both", "separate"], default="auto", help="push alone")
+    parser.add_argument("--contexts", type=int, nargs="+", help="push: several contexts")
+    parser.add_argument("--against-colocated", action="store_true", help="push: also both roles on the same GPUs")
+    parser.add_argument("--timeline", action="store_true", help="push: every kernel of one tick, on each device")
+    parser.add_argument("--soak-s", type=float, default=0, help="push: repeat each cell's calls for so long, and compare")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--attention", type=int, default=1)
     parser.add_argument("--expert", type=int, default=1)
@@ -211,6 +219,10 @@ def main(argv: Sequence[str] | None = None, around: Callable[[], Any] | None = N
         args.tokens = args.tokens or [16, 128]
         return decode_step_colocated.measure(args, MODELS, around, _log)
     args.tokens = args.tokens or [128, 256]
+    if args.transport == "push":
+        import decode_step_push
+
+        return decode_step_push.measure(args, MODELS, floors, _log)
     if args.child:
         child(args)
         return 0
