@@ -52,7 +52,7 @@ def main() -> list[tuple[str, float, float]]:
     rows = []
     for name, context, nodes, published, theirs, ours in PUBLISHED:
         work = Workload((context,), (1,), slo_s=10.0)
-        problem = Problem(load_model_shape(name), load_catalogue(), {"gb200": 72}, work, PRECISION)
+        problem = Problem(load_model_shape(name), load_catalogue().without_pushes(), {"gb200": 72}, work, PRECISION)
         base = colocated(problem, theirs)
         rate, _ = split_rate(problem, np.array([nodes]), ours)
         gain = float(rate[0] / base["tokens_s_per_gpu"])

@@ -75,7 +75,7 @@ def mesh_of(row: Any, problem: Problem) -> MeshConfig:
         attention_tensor=int(row["attention_tensor"]),
         expert_tensor=int(row["expert_tensor"]),
         placement=placement,
-        directions="both" if row["schedule"] == "both" else "one",
+        directions="auto" if row["schedule"] == "separate" else row["schedule"],  # "auto" is that where rows are pushed
     )
 
 

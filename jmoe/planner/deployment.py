@@ -153,7 +153,10 @@ class Deployment:
             exchange, rows, self.num_replicas, self.num_nodes, self.attention_tensor, self.expert_tensor,
             imbalance, self.one_domain,
         )  # fmt: skip
-        return attention, expert, wire
+        # A push is a kernel on each role's one stream, before every stage: the roles' own time, not the link's alone.
+        pushes = self.schedule == "separate" and self.transport == "exact"
+        push_s = np.where(self.one_domain & pushes, self.attention_gpu.kernels.push_us * 1e-6, 0.0)
+        return attention + push_s, expert + push_s, wire
 
     def _drawn_excess(self, rows: np.ndarray) -> np.ndarray | float:
         """Chance excess of the busiest node, where the workload asks for it."""

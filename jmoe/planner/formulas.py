@@ -62,7 +62,8 @@ def total_time(
 def _separate(num_layers: int, m: int, a: np.ndarray, e: np.ndarray, c: np.ndarray) -> np.ndarray:
     slowest = np.maximum(np.maximum(a, e), c)
     round_trip = a + e + 2 * c
-    return (num_layers - 1) * np.maximum(m * slowest, round_trip) + round_trip + (m - 1) * slowest
+    first_layer = round_trip + (m - 1) * slowest
+    return first_layer + (num_layers - 1) * np.maximum(m * slowest, round_trip) if num_layers > 1 else first_layer
 
 
 def _chain_both(num_layers: int, m: int, a: np.ndarray, e: np.ndarray, c: np.ndarray) -> np.ndarray:

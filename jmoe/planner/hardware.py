@@ -26,6 +26,7 @@ class Kernels:
     stage_overhead_us: float
     scale_up_fraction: float
     scale_up_latency_us: float
+    push_us: float
     collective_latency_us: float
     nic_fraction: float
     nic_latency_us: float
@@ -148,6 +149,11 @@ class Catalogue(Mapping[str, GpuKind]):
         """The same kinds without the knee: a kernel takes the longer of streaming and products."""
         kinds = self._kinds.values()
         return Catalogue({k.name: replace(k, kernels=replace(k.kernels, knee_power=float("inf"))) for k in kinds})
+
+    def without_pushes(self) -> "Catalogue":
+        """The same kinds, exchanges costing the stages nothing: systems whose exchange runs beside their stages."""
+        kinds = self._kinds.values()
+        return Catalogue({k.name: replace(k, kernels=replace(k.kernels, push_us=0.0)) for k in kinds})
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and name.lower() in self._kinds

@@ -126,15 +126,18 @@ class LaneWalker:
     Args:
       schedule: the order of work.
       num_cells, attention, expert: C, M and N.
-      exchange_lanes: "chain" as the programs are built, or "separate" as DESIGN section 1's formula has it.
+      exchange_lanes: "chain" where the roles call exchanges together, "separate" where each calls alone; None is the
+        schedule's own.
 
     Raises:
       ValueError: "separate" with a schedule whose exchanges carry both directions at once.
     """
 
     def __init__(
-        self, schedule: Schedule, num_cells: int, attention: int, expert: int, exchange_lanes: ExchangeLanes = "chain"
+        self, schedule: Schedule, num_cells: int, attention: int, expert: int, exchange_lanes: ExchangeLanes | None = None
     ):
+        if exchange_lanes is None:
+            exchange_lanes = "separate" if schedule.directions == "separate" else "chain"
         if exchange_lanes not in ("chain", "separate"):
             raise ValueError(f"exchange_lanes: expected 'chain' or 'separate', got {exchange_lanes!r}")
         if exchange_lanes == "separate" and schedule.directions == "both":

@@ -129,9 +129,8 @@ def draw_pareto(
 
 def timeline_events(problem: Problem, row: Any) -> EventTable:
     """The chosen plan's first layers on the four lanes, from the simulator walking the schedule that is built."""
-    directions = "both" if row["schedule"] == "both" else "one"
     layers = min(LAYERS_DRAWN, problem.model.num_moe_layers)
-    schedule = build_schedule(layers, int(row["num_micro_batches"]), directions)
+    schedule = build_schedule(layers, int(row["num_micro_batches"]), row["schedule"])
     cell = cell_of(problem, row)
     times = problem.stage_times(cell.attention_gpu, cell.expert_gpu)
     head = float(times.head_s(np.array([int(row["rows"])]), int(row["attention_tensor"]))[0])

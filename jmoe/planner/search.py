@@ -18,8 +18,9 @@ class SearchOptions:
 
     Attributes:
       tensor_sizes: candidates for the ranks of an attention replica and of an expert node.
-      schedules: (num_micro_batches, schedule kind) pairs. At m of 1 and 2 the chains "one" and "both" are the same;
-        from m = 4 on "both" is never slower, and it is what MeshConfig's directions="auto" takes.
+      schedules: (num_micro_batches, schedule kind) pairs; None for those that are built: "separate" for cells in one
+        scale-up domain (transport "push"), "one" and "both" for the rest. At m of 1 and 2 the chains "one" and "both"
+        are the same; from m = 4 on "both" is never slower, and it is what MeshConfig's directions="auto" takes.
       max_rows: most decode slots of one micro-batch of one replica.
       transport: how rows travel, "exact" or the padded "ppermute".
       num_replicas, num_nodes: try only these M and N; None for all.
@@ -28,15 +29,19 @@ class SearchOptions:
     """
 
     tensor_sizes: tuple[int, ...] = (1, 2, 4, 8)
-    schedules: tuple[tuple[int, ScheduleKind], ...] = (
-        (1, "one"), (2, "one"), (3, "one"), (3, "both"), (4, "both"), (5, "both"), (6, "both"),
-    )  # fmt: skip
+    schedules: tuple[tuple[int, ScheduleKind], ...] | None = None
     max_rows: int = 4096
     transport: Transport = "exact"
     num_replicas: tuple[int, ...] | None = None
     num_nodes: tuple[int, ...] | None = None
     max_expert_copies: int = 4
     network_only: bool = False
+
+
+CHAINS: tuple[tuple[int, ScheduleKind], ...] = (
+    (1, "one"), (2, "one"), (3, "one"), (3, "both"), (4, "both"), (5, "both"), (6, "both"),
+)  # fmt: skip
+PUSHES: tuple[tuple[int, ScheduleKind], ...] = tuple((m, "separate") for m in (1, 2, 3, 4))
 
 
 def search(problem: Problem, options: SearchOptions = SearchOptions()) -> Any:
@@ -70,14 +75,41 @@ def _search_pair(
     grid = _cells(problem, options, attention, expert, tensor_a, tensor_e)
     if grid is None:
         return []
-    replicas, nodes = grid
+    parts: list[dict[str, Any]] = []
+    for (replicas, nodes), schedules in _built(options, attention, expert, tensor_a, tensor_e, *grid):
+        if replicas.size:
+            parts += _price(problem, options, attention, expert, tensor_a, tensor_e, replicas, nodes, schedules)
+    return parts
+
+
+def _built(options: SearchOptions, attention: GpuKind, expert: GpuKind, tensor_a: int, tensor_e: int, m, n):
+    """Cells (M, N) with the schedules that are built for them."""
+    if options.schedules is not None:
+        return [((m, n), options.schedules)]
+    in_domain = (attention.name == expert.name) & (m * tensor_a + n * tensor_e <= attention.scale_up_domain)
+    pushed = in_domain & (options.transport == "exact" and not options.network_only)
+    return [((m[pushed], n[pushed]), PUSHES), ((m[~pushed], n[~pushed]), CHAINS)]
+
+
+def _price(
+    problem: Problem,
+    options: SearchOptions,
+    attention: GpuKind,
+    expert: GpuKind,
+    tensor_a: int,
+    tensor_e: int,
+    replicas: np.ndarray,
+    nodes: np.ndarray,
+    schedules: tuple[tuple[int, ScheduleKind], ...],
+) -> list[dict[str, Any]]:
+    """The largest batch of every cell and schedule, as columns."""
     memory = Memory(problem.model, problem.precision)
     any_schedule = Deployment(problem, attention, expert, tensor_a, tensor_e, 1, "one", replicas, nodes)
     expert_need, expert_have = any_schedule.local_experts * memory.expert_bytes / tensor_e, expert.usable_bytes
     tokens = float(memory.max_kv_tokens(attention, tensor_a))
     context = problem.context[0] * problem.workload.attention_imbalance
     parts = []
-    for m, schedule in options.schedules:
+    for m, schedule in schedules:
         cell = Deployment(
             problem, attention, expert, tensor_a, tensor_e, m, schedule, replicas, nodes, options.transport,
             options.network_only,

@@ -98,7 +98,7 @@ def simulate(
     times: TimeModel,
     num_iterations: int = 1,
     *,
-    exchange_lanes: ExchangeLanes = "chain",
+    exchange_lanes: ExchangeLanes | None = None,
     record_iterations: int = 0,
     seed: int = 0,
 ) -> SimulationReport:

@@ -130,7 +130,10 @@ def test_dense_layers_and_mla_are_priced():
     assert rest == pytest.approx(9 * times.dense_s(rows, 4000.0, 1) + heads, rel=1e-9)
 
 
-@pytest.mark.parametrize(("m", "kind"), [(1, "one"), (2, "one"), (3, "one"), (3, "both"), (4, "both"), (6, "both")])
+@pytest.mark.parametrize(
+    ("m", "kind"),
+    [(1, "one"), (2, "one"), (3, "one"), (3, "both"), (4, "both"), (6, "both"), (2, "separate"), (3, "separate")],
+)
 def test_the_simulator_agrees_with_the_best_plan_of_every_schedule(m, kind):
     """The step that the search prices, head included, is what walking the schedule takes."""
     task = problem("mixtral-8x22b", {"h20": 16, "l40s": 32})
@@ -220,3 +223,18 @@ def test_attention_that_does_not_fit_is_told_apart():
 def test_a_search_over_two_kinds_stays_small():
     """128 GPUs of two kinds: some ten thousand configurations, not millions."""
     assert 10_000 < len(search(problem("mixtral-8x22b", {"h20": 64, "l40s": 64}))) < 200_000
+
+
+def test_what_is_built_is_priced_pushes_inside_a_domain_and_chains_beyond():
+    """A cell of one kind that fits its scale-up domain is priced as two roles that push, a kernel in front of every stage."""
+    task = problem("mixtral-8x22b", {"h100": 16})
+    table = search(task)
+    inside = table["attention_gpus"] + table["expert_gpus"] <= KINDS["h100"].scale_up_domain
+    assert inside.any() and not inside.all()
+    assert set(table[inside]["schedule"]) == {"separate"} and set(table[~inside]["schedule"]) == {"one", "both"}
+    assert set(search(task, SearchOptions(transport="ppermute"))["schedule"]) == {"one", "both"}
+    one = np.array([1])
+    for schedule, added in (("separate", KINDS["h100"].kernels.push_us), ("one", 0.0)):
+        stages = Deployment(task, KINDS["h100"], KINDS["h100"], 4, 4, 3, schedule, one, one).stages(np.array([64]))
+        free = Deployment(task, KINDS["h100"], KINDS["h100"], 4, 4, 3, "both", one, one).stages(np.array([64]))
+        assert [float(a[0] - b[0]) * 1e6 for a, b in zip(stages, free, strict=True)] == pytest.approx([added, added, 0])
