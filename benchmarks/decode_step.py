@@ -196,7 +196,9 @@ def main(argv: Sequence[str] | None = None, around: Callable[[], Any] | None = N
     parser.add_argument("--contexts", type=int, nargs="+", help="push: several contexts")
     parser.add_argument("--against-colocated", action="store_true", help="push: also both roles on the same GPUs")
     parser.add_argument("--timeline", action="store_true", help="push: every kernel of one tick, on each device")
-    parser.add_argument("--soak-s", type=float, default=0, help="push: repeat each cell's calls for so long, and compare")
+    parser.add_argument(
+        "--soak-s", type=float, default=0, help="push: repeat each cell's calls for so long, and compare"
+    )
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--attention", type=int, default=1)
     parser.add_argument("--expert", type=int, default=1)

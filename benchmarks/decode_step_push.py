@@ -1,15 +1,15 @@
-"""The part of decode_step.py for transport "push": roles apart, in one process and in two, and colocated on the same GPUs.
+"""decode_step.py with transport "push": roles apart, in one process and in two, against colocated on the same GPUs.
 
-The tick is a slope over layers, (step[L layers] - step[L / 2]) / (L / 2 x m), on the same weights, so that heads and the
-pipeline's filling drop out; a step is a call's time over its steps, with two calls in flight. "plan us" is what the
+The tick is a slope over layers, (step[L layers] - step[L / 2]) / (L / 2 x m), on the same weights, so that heads and
+the pipeline's filling drop out; a step is a call's time over its steps, with two calls in flight. "plan us" is what the
 planner's closed form says of the schedule that is built, from the stage times of the same run.
 """
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +27,12 @@ PAGE_LEN = 16
 Log = Callable[[str], None]
 HEADER = (
     f"{'executor':>9} {'L':>3} {'tokens':>6} {'ctx':>5} {'m':>2} {'dirs':>8} {'T_a us':>7} {'T_e us':>7} {'T_c us':>6} "
-    f"{'2-way':>6} {'head us':>7} {'tick us':>8} {'T_f/tick':>8} {'flr/tick':>8} {'excess':>6} {'plan us':>8} {'off %':>6} "
-    f"{'step ms':>8} {'tokens/s':>9} {'comp s':>6}"
+    f"{'2-way':>6} {'head us':>7} {'tick us':>8} {'T_f/tick':>8} {'flr/tick':>8} {'excess':>6} {'plan us':>8} "
+    f"{'off %':>6} {'step ms':>8} {'tokens/s':>9} {'comp s':>6}"
 )
 AGAINST = (
-    f"{'batch':>6} {'ctx':>5} {'apart ms':>8} {'planned':>8} {'off %':>6} {'colocated ms':>12} {'planned':>8} {'off %':>6} "
-    f"{'apart / colocated tokens/s':>26} {'planned':>8}"
+    f"{'batch':>6} {'ctx':>5} {'apart ms':>8} {'planned':>8} {'off %':>6} {'colocated ms':>12} {'planned':>8} "
+    f"{'off %':>6} {'apart / colocated tokens/s':>26} {'planned':>8}"
 )
 
 
@@ -60,7 +60,8 @@ class Measured:
         half = dataclasses.replace(cell, model=dataclasses.replace(cell.model, num_layers=cell.model.num_layers // 2))
         cells = [cell] if cell.mesh.colocated else [cell, half]
         self.runtimes: list[Any] = [
-            CellRuntime(c, jax.devices(), "colocated") if c.mesh.colocated else RolePair(c, jax.devices()) for c in cells
+            CellRuntime(c, jax.devices(), "colocated") if c.mesh.colocated else RolePair(c, jax.devices())
+            for c in cells
         ]
         self._compiling = [pool.submit(self._compile, runtime) for runtime in self.runtimes]
 
@@ -101,7 +102,7 @@ def _belongs(path: str, layers: set[str]) -> bool:
 
 
 def seconds_per_step(submit: Callable, collect: Callable, inputs: np.ndarray, args: argparse.Namespace) -> float:
-    """Median over `args.calls` calls, two in flight, of a call's time over its steps; tokens must repeat bit for bit."""
+    """Median over `args.calls` calls, two in flight, of a call's time over its steps; tokens must repeat bitwise."""
     first, times = None, []
     under_way = [submit(KEY, inputs) for _ in range(2)]
     last = time.perf_counter()
@@ -154,7 +155,7 @@ def row_of(executor: str, cell: CellConfig, context: int, stages: dict, result: 
 
 
 def in_processes(args: argparse.Namespace, cell: CellConfig, context: int, inline: dict, log: Log) -> dict:
-    """The same cell with each role in a process of its own; its tick is inline's and a tick's share of what steps differ by."""
+    """The same cell, each role in a process of its own; its tick is inline's plus what its steps take more, by tick."""
     from jmoe.decode_batch import decode_batch
     from jmoe.serving.executors.processes import ProcessesExecutor
     from jmoe.serving.executors.protocol import ProgramKey
@@ -195,37 +196,6 @@ def planned_steps(args: argparse.Namespace, model: ModelConfig, m: int, rows: in
     apart = Deployment(problem, gpu, gpu, 1, 1, m, "separate", one, one).step(np.array([rows]))
     beside = Engine(problem, gpu, "wide", 1, 1, 2, 2, 1).step(np.array([-(-m * rows // 2)]))
     return float(apart[0]), float(beside[0])
-
-
-def soak(args: argparse.Namespace, runtime: Any, context: int, log: Log) -> None:
-    """Decode calls for `--soak-s` seconds, two in flight: the same tokens from the same state every time, no growth."""
-    import jax
-
-    from jmoe.decode_batch import decode_batch
-
-    inputs = decode_batch(runtime.cell, context).array
-    first = runtime.run(KEY, inputs)["tokens"]
-    before, until, calls = _held(jax.devices()), time.monotonic() + args.soak_s, 0
-    under_way = [runtime.submit(KEY, inputs)]
-    while time.monotonic() < until:
-        under_way.append(runtime.submit(KEY, inputs))
-        tokens = runtime.collect(under_way.pop(0))["tokens"]
-        calls += 1
-        if not np.array_equal(tokens, first):
-            raise RuntimeError(f"soak: call {calls}: expected the first call's tokens, got others")
-    runtime.collect(under_way.pop())
-    after = _held(jax.devices())
-    cell = runtime.cell
-    ticks = (calls + 2) * cell.num_steps * cell.mesh.num_micro_batches * len(cell.model.moe_layers)
-    log(f"soak: {args.soak_s:.0f} s, {calls + 2} calls, {ticks:,} ticks, the same tokens in every call")
-    log(f"soak: MiB held by each device {before[:-1]} -> {after[:-1]}, by the process {before[-1]} -> {after[-1]}")
-
-
-def _held(devices) -> list[int]:
-    """MiB in use on each device, and of this process in memory."""
-    used = [(device.memory_stats() or {}).get("bytes_in_use", 0) >> 20 for device in devices]
-    with open("/proc/self/statm") as file:
-        return [*used, int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20]
 
 
 def measure(args: argparse.Namespace, models: dict[str, ModelConfig], floors: Callable, log: Log) -> int:
@@ -272,9 +242,11 @@ def measure(args: argparse.Namespace, models: dict[str, ModelConfig], floors: Ca
                 from jmoe.decode_batch import decode_batch
 
                 inputs = decode_batch(cell, context).array
-                print(role_timeline(lambda: one.runtimes[0].run(KEY, inputs)), flush=True)
+                print(role_timeline(functools.partial(one.runtimes[0].run, KEY, inputs)), flush=True)
             if args.soak_s:
-                soak(args, one.runtimes[0], context, log)
+                from decode_soak import soak
+
+                soak(one.runtimes[0], context, args.soak_s, log)
             one.close()
             floor = max(floors(cell, context)) / read
             table.append(row_of("inline", cell, context, stages[key[:2]], result, floor))
@@ -298,8 +270,8 @@ def measure(args: argparse.Namespace, models: dict[str, ModelConfig], floors: Ca
             batch = other.cell.mesh.attention * other.cell.rows
             record[wanted.index(key)] |= {"colocated_step_s": colocated_s, "planned": [planned, planned_colocated]}
             against.append(
-                f"{batch:>6} {context:>5} {step_s * 1e3:>8.3f} {planned * 1e3:>8.3f} {100 * (planned / step_s - 1):>+6.1f} "
-                f"{colocated_s * 1e3:>12.3f} {planned_colocated * 1e3:>8.3f} "
+                f"{batch:>6} {context:>5} {step_s * 1e3:>8.3f} {planned * 1e3:>8.3f} "
+                f"{100 * (planned / step_s - 1):>+6.1f} {colocated_s * 1e3:>12.3f} {planned_colocated * 1e3:>8.3f} "
                 f"{100 * (planned_colocated / colocated_s - 1):>+6.1f} {colocated_s / step_s:>26.3f} "
                 f"{planned_colocated / planned:>8.3f}"
             )

@@ -1,6 +1,7 @@
 """What each role's device does in one tick of a decode call, by JAX's profiler: kernels in order, beside the peer's."""
 
 import glob
+import itertools
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -39,7 +40,7 @@ def _device(name: str, events: list[Event], marker: str) -> list[str]:
     at = [i for i, event in enumerate(events) if marker in event[2]]
     if len(at) < 3:
         return [f"{name}: {len(events)} kernels, no ticks"]
-    pairs = list(zip(at, at[1:], strict=False))
+    pairs = list(itertools.pairwise(at))
     stage = statistics.median(events[b][0] - events[a][0] - events[a][1] for a, b in pairs) / 1e3
     pushed = statistics.median(events[a][1] for a in at) / 1e3
     tick = statistics.median(events[b][0] - events[a][0] for a, b in pairs) / 1e3

@@ -54,7 +54,9 @@ class CellRuntime:
 
     def __init__(self, cell: CellConfig, devices: Sequence[jax.Device], role: Role, files: ProgramFiles | None = None):
         self.cell = cell
-        self._files = files
+        # A reference push calls back into this process: such a program can't come back from disk.
+        calls_back = cell.mesh.roles_apart and devices[0].platform == "cpu"
+        self._files = None if calls_back else files
         self.role: Role = role
         self.mesh = program_mesh(cell.mesh, devices, role)
         first_device = cell.mesh.program_devices(role).start
@@ -103,7 +105,7 @@ class CellRuntime:
         self._state = self._empty.state()
 
     def open_mailboxes(self) -> dict[int, bytes]:
-        """Opens the mailboxes of this process's devices (transport "push"); returns the peers' way to them, by device."""
+        """Opens the mailboxes of this process's devices (transport "push"); returns the way to each, by device."""
         self._mailboxes = Mailboxes(self.cell.mesh, self._local, slot_bytes(self.cell))
         return self._mailboxes.handles()
 
@@ -198,14 +200,14 @@ class CellRuntime:
     def collect(self, submitted: "Submitted") -> dict[str, Any]:
         """Waits for a call; from any thread.
 
-        Returns:
-          In a process with attention devices: `replicas` (those whose first tensor rank is here), `tokens`
-          `[num_steps, replicas, m, rows]` and, from sampling programs, `logprobs`, `top_ids`, `top_logprobs`;
-          everywhere `dropped_rows`.
+          Returns:
+            In a process with attention devices: `replicas` (those whose first tensor rank is here), `tokens`
+            `[num_steps, replicas, m, rows]` and, from sampling programs, `logprobs`, `top_ids`, `top_logprobs`;
+            everywhere `dropped_rows`.
 
-        Raises:
-          SequenceMismatchError: an exchange was out of step.
-      ExchangeTimeoutError: a peer's rows did not come.
+          Raises:
+            SequenceMismatchError: an exchange was out of step.
+        ExchangeTimeoutError: a peer's rows did not come.
         """
         for index, shard in submitted.faults:
             expected, got = np.asarray(shard)[0]

@@ -93,7 +93,9 @@ class CellProgram:
             self.devices = SharedDevices.of(mesh, model.hidden_size)
             return
         capacity = self.layout.num_rows * self.layout.num_tokens
-        self.exchange = exchange_of(mesh, role, model.hidden_size, capacity, model.num_experts_per_tok, model.dtype, push)
+        self.exchange = exchange_of(
+            mesh, role, model.hidden_size, capacity, model.num_experts_per_tok, model.dtype, push
+        )
         assert mesh.directions != "auto"
         self.schedule = build_schedule(len(model.moe_layers), mesh.num_micro_batches, mesh.directions)
 

@@ -1,4 +1,4 @@
-"""EmptyState: what a cell's devices keep from call to call, before the first one: zeros on the devices of this process."""
+"""EmptyState: what a cell's devices keep from call to call, before the first one: zeros on this process's devices."""
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +45,8 @@ class EmptyState:
 
     def _pages(self) -> list[tuple[jax.Array, jax.Array]]:
         shape, dtype = self._abstract.page_shape(), self._abstract.page_dtype
-        return [
-            (self._filled(shape, dtype), self._filled(shape, dtype)) for _ in range(self._abstract.cell.model.num_layers)
-        ]
+        layers = range(self._abstract.cell.model.num_layers)
+        return [(self._filled(shape, dtype), self._filled(shape, dtype)) for _ in layers]
 
     def _filled(self, shape: tuple[int, ...], dtype) -> jax.Array:
         """Zeros of `shape` on every device of this process."""

@@ -25,7 +25,7 @@ Key: TypeAlias = tuple[Literal["prefill", "decode"], bool]  # (kind, sampling)
 
 
 class AbstractCell:
-    """Shapes of everything that one device holds, as arrays over the program's mesh (the leading axis is the device)."""
+    """Shapes of everything that one device holds, as arrays over its program's mesh (leading axis: the device)."""
 
     def __init__(self, cell: CellConfig, mesh: Mesh, role: Role):
         self.cell = cell

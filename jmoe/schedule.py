@@ -90,9 +90,7 @@ def _exchange(dispatch: Stage | None, combine: Stage | None) -> Exchange | None:
     return Exchange(dispatch, combine) if dispatch or combine else None
 
 
-def build_schedule(
-    num_layers: int, num_micro_batches: int, directions: Literal["one", "both", "separate"]
-) -> Schedule:
+def build_schedule(num_layers: int, num_micro_batches: int, directions: Literal["one", "both", "separate"]) -> Schedule:
     """Builds the ping-pong order for any number of layers and micro-batches.
 
     With c ticks to a stage and one to an exchange, attention of (layer l, micro-batch i) starts in tick

@@ -146,7 +146,12 @@ class StageTimer:
 
     def _attention(self, count: int, params, experts, state: DeviceState, inputs):
         role = AttentionRole(self.cell, AttentionHalf(self.cell.model, take_from(params)), self._exchanges["attention"])
-        rows, lane, all_pages = Rows.unpack(inputs[0], self._layout), role.empty_lane(), list(state.pages or [])
+        rows, lane, box, all_pages = (
+            Rows.unpack(inputs[0], self._layout),
+            role.empty_lane(),
+            None,
+            list(state.pages or []),
+        )
         back = _received(role.exchange, self.cell, state)
         for j in range(count):
             stage = Stage(j, 0)

@@ -1,6 +1,5 @@
 """serve() and Server: a model on two meshes behind four verbs: generate, stream, abort, close. No JAX on import."""
 
-import dataclasses
 import pathlib
 import threading
 import time
@@ -8,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from jmoe.cell_config import CellConfig
-from jmoe.config import ModelConfig
 from jmoe.serving.completions import Completion, OutputStream
 from jmoe.serving.engine import Engine
 from jmoe.serving.engine_config import EngineConfig
@@ -16,6 +14,7 @@ from jmoe.serving.errors import CellFailedError, QueueFullError
 from jmoe.serving.executors.protocol import Executor, ProgramKey
 from jmoe.serving.host_devices import default_mesh, detect_platform
 from jmoe.serving.metrics import Metrics
+from jmoe.serving.model_facts import describe
 from jmoe.serving.process_options import ProcessOptions
 from jmoe.serving.prompts import Prompt, is_one_prompt, prompt_ids
 from jmoe.serving.requests import RequestOutput, SamplingParams
@@ -271,7 +270,7 @@ def serve(
         raise ValueError(f"programs: expected 'greedy', 'all' or 'none', got {programs!r}")
     say = progress or (lambda line: None)
     say("reading the model's configuration")
-    config, text = _describe(model, tokenizer)
+    config, text = describe(model, tokenizer)
     mesh = mesh_cfg or default_mesh()
     transport = choose_transport(mesh, detect_platform(), executor, processes)
     cell = (sizes or CellSizes(**size_options)).resolve(config, mesh, transport)
@@ -284,20 +283,3 @@ def serve(
     except BaseException:
         running.close()
         raise
-
-
-def _describe(
-    model: "str | pathlib.Path | Model", tokenizer: Tokenizer | str | pathlib.Path | None
-) -> tuple[ModelConfig, Tokenizer | None]:
-    """The model's facts, with every end-of-sequence id that its files name, and its tokenizer if it has one."""
-    if isinstance(model, str | pathlib.Path):
-        config = ModelConfig.from_hf(model)
-        if tokenizer is None and (pathlib.Path(model) / "tokenizer.json").is_file():
-            tokenizer = model
-    else:
-        config = model.config
-    text = Tokenizer.from_dir(tokenizer) if isinstance(tokenizer, str | pathlib.Path) else tokenizer
-    if text is not None:
-        known = (*config.eos_token_ids, *(i for i in text.eos_token_ids if 0 <= i < config.vocab_size))
-        config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(known)))
-    return config, text

@@ -56,7 +56,9 @@ class MeshConfig:
         if self.directions == "separate" and self.transport == "ppermute":
             raise ValueError("MeshConfig.directions: expected 'one' or 'both' with 'ppermute', got 'separate'")
         if self.colocated and self.transport == "push":
-            raise ValueError("MeshConfig.transport: expected none for a colocated mesh (it has no exchange), got 'push'")
+            raise ValueError(
+                "MeshConfig.transport: expected none for a colocated mesh (it has no exchange), got 'push'"
+            )
         if self.placement is not None and self.placement.num_nodes != self.expert:
             raise ValueError(
                 f"MeshConfig.placement: expected {self.expert} nodes (MeshConfig.expert), "

@@ -1,5 +1,6 @@
 """The compiled K-step call: nothing read or written by the host inside it, and no weight copied."""
 
+import dataclasses
 import math
 import os
 import pathlib
@@ -14,17 +15,22 @@ from jax.sharding import Mesh
 from jmoe.cell_config import CellConfig
 from jmoe.config import ModelConfig
 from jmoe.lowering import AbstractCell, lower_program
+from jmoe.schedule import build_schedule
 from jmoe.sharding.mesh_config import AXIS, MeshConfig
+from jmoe.sharding.meshes import program_mesh
 
 TARGET = pathlib.Path(__file__).parent / "data" / "h200_target_config.txtpb"
 # Mixtral-8x7B's layers; 37 pages more than needed, so that no gathered array has the size of a page pool.
 MODEL = ModelConfig("mixtral", 32000, 4096, 2, 32, 8, 128, 8, 2, 14336)
-ROLES = ["attention", "expert", "inline"]
 BY_NAME = {"bfloat16": "bf16", "float32": "f32", "int32": "s32", "bool": "pred"}
 
 
-def cell_of(num_micro_batches: int) -> CellConfig:
-    return cell_on(MeshConfig(1, 1, num_micro_batches))
+PLANS = [(role, 4, "ppermute") for role in ("attention", "expert", "inline")]
+PLANS += [(role, 3, "push") for role in ("attention", "expert")]  # of `processes` and of `inline` alike
+
+
+def cell_of(num_micro_batches: int, transport: str = "ppermute") -> CellConfig:
+    return cell_on(MeshConfig(1, 1, num_micro_batches, transport=transport))  # type: ignore[arg-type]
 
 
 def cell_on(mesh: MeshConfig) -> CellConfig:
@@ -36,7 +42,8 @@ def cell_on(mesh: MeshConfig) -> CellConfig:
 
 def forbidden_sizes(cell: CellConfig, mesh: Mesh) -> set[tuple[str, int]]:
     """Of every weight matrix and page pool on one device."""
-    abstract = AbstractCell(cell, mesh, "colocated" if cell.mesh.colocated else "inline")
+    whole = dataclasses.replace(cell, mesh=dataclasses.replace(cell.mesh, transport="ppermute", directions="one"))
+    abstract = AbstractCell(whole, mesh, "colocated" if cell.mesh.colocated else "inline")
     attention, experts = abstract.params()
     shapes = [*attention.values(), *experts.values()]
     sizes = {(BY_NAME[str(a.dtype)], math.prod(a.shape[1:])) for a in shapes if math.prod(a.shape) > 1 << 20}
@@ -58,15 +65,24 @@ def imaginary_mesh():
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("num_micro_batches", [3, 4])
-def test_plan_ahead_of_time(imaginary_mesh, role, num_micro_batches):
-    cell = cell_of(num_micro_batches)
-    text = lower_program(cell, imaginary_mesh, role, ("decode", False)).compile().as_text()
-    assert "collective-permute" in text
-    assert not faults(text, forbidden_sizes(cell, imaginary_mesh), conditionals=role == "inline")
+@pytest.mark.parametrize(("role", "num_micro_batches", "transport"), PLANS)
+def test_plan_ahead_of_time(imaginary_mesh, role, num_micro_batches, transport):
+    """With "push" a role's program stands over its own GPU: no conditional, no collective, one kernel a stage."""
+    cell = cell_of(num_micro_batches, transport)
+    mesh = program_mesh(cell.mesh, list(imaginary_mesh.devices), role)
+    text = lower_program(cell, mesh, role, ("decode", False)).compile().as_text()
+    found = faults(text, forbidden_sizes(cell, mesh), conditionals=(role, transport) == ("inline", "ppermute"))
+    assert not found
+    if transport == "ppermute":
+        assert "collective-permute" in text
+        return
+    assert mesh.devices.size == 1 and not any(f" {word}" in text for word in COLLECTIVES)
+    pushes = sum(" custom-call(" in line and "push_rows" in line for line in text.splitlines())
+    ticks = build_schedule(len(MODEL.moe_layers), num_micro_batches, "separate").ticks_of(role)
+    assert pushes == sum(tick.exchange is not None for tick in ticks)
 
 
+COLLECTIVES = ("collective-permute", "all-gather", "all-to-all", "all-reduce")
 COLOCATED = {
     "one device": (MeshConfig.colocate(1), ()),
     "expert parallel": (MeshConfig.colocate(2), ("all-gather", "all-to-all")),
@@ -82,7 +98,7 @@ def test_plan_of_a_colocated_cell(imaginary_mesh, name):
     cell = cell_on(mesh)
     devices = Mesh(imaginary_mesh.devices[: mesh.num_devices], (AXIS,))
     text = lower_program(cell, devices, "colocated", ("decode", False)).compile().as_text()
-    found = {word for word in ("collective-permute", "all-gather", "all-to-all", "all-reduce") if f" {word}" in text}
+    found = {word for word in COLLECTIVES if f" {word}" in text}
     assert found >= set(collectives) and "collective-permute" not in found and (collectives or not found)
     assert not faults(text, forbidden_sizes(cell, devices))
 
@@ -111,13 +127,13 @@ def test_a_loop_without_a_known_count_is_found(imaginary_mesh):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("role", ["inline"])
-def test_plan_on_gpu(role):
+@pytest.mark.parametrize(("role", "num_micro_batches", "transport"), PLANS[2:])
+def test_plan_on_gpu(role, num_micro_batches, transport):
     """The same on the plan that the GPU at hand really gets, autotuned."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if len(jax.devices("cuda")) < 2:
         pytest.skip("needs two GPUs")
-    cell = cell_of(4)
-    mesh = Mesh(np.array(jax.devices("cuda")[:2]), (AXIS,))
+    cell = cell_of(num_micro_batches, transport)
+    mesh = program_mesh(cell.mesh, jax.devices("cuda"), role)
     text = lower_program(cell, mesh, role, ("decode", False)).compile().as_text()
     assert not faults(text, forbidden_sizes(cell, mesh), conditionals=role == "inline")

@@ -23,7 +23,9 @@ MESHES = {
     "expert tensor 2, one direction an exchange": (
         EVEN, MeshConfig(1, 1, 3, expert_tensor=2, transport="push", directions="one"),
     ),
-    "attention tensor 2, lockstep": (EVEN, MeshConfig(1, 1, 2, attention_tensor=2, transport="push", directions="both")),
+    "attention tensor 2, lockstep": (
+        EVEN, MeshConfig(1, 1, 2, attention_tensor=2, transport="push", directions="both"),
+    ),
 }  # fmt: skip
 
 
@@ -66,7 +68,9 @@ def test_a_role_out_of_step_and_a_role_that_is_gone_are_typed_errors(small_pair)
     with pytest.raises(SequenceMismatchError, match=r"expected an exchange with sequence number \d+, got \d+"):
         generate(pair.run, pair.cell, prompts, 1)
     pair.attention.adopt(pair.attention._attention, {})  # an empty state: the sequence starts again
-    with pytest.raises(ExchangeTimeoutError, match="attention device 0: expected message 0 of a peer, got none in time"):
+    with pytest.raises(
+        ExchangeTimeoutError, match="attention device 0: expected message 0 of a peer, got none in time"
+    ):
         generate(pair.attention.run, pair.cell, prompts, 1)
 
 

@@ -134,7 +134,12 @@ class LaneWalker:
     """
 
     def __init__(
-        self, schedule: Schedule, num_cells: int, attention: int, expert: int, exchange_lanes: ExchangeLanes | None = None
+        self,
+        schedule: Schedule,
+        num_cells: int,
+        attention: int,
+        expert: int,
+        exchange_lanes: ExchangeLanes | None = None,
     ):
         if exchange_lanes is None:
             exchange_lanes = "separate" if schedule.directions == "separate" else "chain"

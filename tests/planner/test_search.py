@@ -226,7 +226,7 @@ def test_a_search_over_two_kinds_stays_small():
 
 
 def test_what_is_built_is_priced_pushes_inside_a_domain_and_chains_beyond():
-    """A cell of one kind that fits its scale-up domain is priced as two roles that push, a kernel in front of every stage."""
+    """A cell of one kind that fits its scale-up domain is priced as roles that push, one kernel a stage."""
     task = problem("mixtral-8x22b", {"h100": 16})
     table = search(task)
     inside = table["attention_gpus"] + table["expert_gpus"] <= KINDS["h100"].scale_up_domain
