@@ -188,6 +188,7 @@ class PushCase:
         """
         tables = {d.index: jax.device_put(mailboxes.table(d.index), d.device) for d in self.devices}
         times: list[float] = []
+        outputs: dict[int, Any] = {}
         for _ in range(repeats + 1):
             meet()
             begin = time.perf_counter()

@@ -60,8 +60,8 @@ def push_pallas(plan: PushPlan, table, sequence, rows, counts, columns, index) -
 
 
 def _program(plan: PushPlan, num_blocks: list[int], gathers: bool) -> Callable[..., None]:
-    def program(table: Pointer, sequence: Pointer, *rest: Pointer):
-        *rest, shared = rest
+    def program(table: Pointer, sequence: Pointer, *others: Pointer):
+        *rest, shared = others
         taken = (2 + len(plan.sends.columns) + gathers) if plan.sends is not None else 0
         sent, (faults, after, *received) = rest[:taken], rest[taken:]
         call = Call(plan, table, sequence, shared, faults)

@@ -1,4 +1,4 @@
-"""What one block of a push moves: its units of a message, in batches of 16-byte vectors, and its words of each column."""
+"""What one block of a push moves: its units of a message, 16 bytes a thread each, and its words of each column."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

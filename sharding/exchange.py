@@ -6,6 +6,7 @@ that does not use the rest of its result: XLA removes unused collectives, on tha
 """
 
 import dataclasses
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,7 @@ class Exchange:
     rounds: Rounds
 
     @classmethod
-    def of(cls, mesh: MeshConfig, hidden_size: int, capacity: int, num_experts_per_tok: int, dtype) -> "Exchange":
+    def of(cls, mesh: MeshConfig, hidden_size: int, capacity: int, num_experts_per_tok: int, dtype) -> Self:
         """For one micro-batch of `capacity` rows a replica.
 
         Raises:
