@@ -15,7 +15,6 @@ Peers that need NCCL's flags take them from the environment. NVLink multicast is
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import subprocess

@@ -100,7 +100,7 @@ def _symm_mem(rank: int, num_ranks: int, case: dict[str, Any]):
     send, _, gather = _buffers(case)
     other, attention = (rank + num_ranks // 2) % num_ranks, rank < num_ranks // 2
     mine = symm_mem.empty(send.numel(), dtype=send.dtype, device=send.device)
-    handle = symm_mem.rendezvous(mine, dist.group.WORLD.group_name)
+    handle = symm_mem.rendezvous(mine, dist.group.WORLD.group_name)  # type: ignore[union-attr]
     theirs = handle.get_buffer(other, send.shape, send.dtype)
 
     def put() -> None:

@@ -78,7 +78,7 @@ def first_box(case: Case, exchange: PushExchange, device: int) -> Box:
     key = jax.random.key(device)
     x = jax.random.normal(key, (case.tokens, case.hidden_size), jnp.bfloat16)
     box, rounds = exchange.empty_box(), exchange.rounds.num_rounds
-    if case.routing == "rows" or not exchange.mesh.role(device) == "attention":
+    if case.routing == "rows" or exchange.mesh.role(device) != "attention":
         hidden = jnp.broadcast_to(x, (rounds, *x.shape))
         return dataclasses.replace(box, hidden=hidden, num_rows=jnp.full((rounds,), case.tokens, jnp.int32))
     placement = ExpertPlacement.balanced(case.num_experts, case.num_nodes)
@@ -188,6 +188,7 @@ class PushCase:
         """
         tables = {d.index: jax.device_put(mailboxes.table(d.index), d.device) for d in self.devices}
         times: list[float] = []
+        outputs: dict[int, Any] = {}
         for _ in range(repeats + 1):
             meet()
             begin = time.perf_counter()
@@ -236,7 +237,8 @@ class PushCase:
                 rows = jnp.arange(self.case.tokens)[:, None] < sent.num_rows[r]
                 names = ("hidden",) if attention else ("hidden", "topk_weights", "local_idx", "slot")
                 differ = [
-                    jnp.sum((getattr(got, n)[r] != getattr(sent, n)[r]).reshape(self.case.tokens, -1) & rows) for n in names
+                    jnp.sum((getattr(got, n)[r] != getattr(sent, n)[r]).reshape(self.case.tokens, -1) & rows)
+                    for n in names
                 ]
                 found.append(jnp.stack([(got.num_rows[r] != sent.num_rows[r]).astype(jnp.int32), sum(differ)]))
         return jnp.stack(found) if found else jnp.zeros((1, 2), jnp.int32)

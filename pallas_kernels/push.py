@@ -20,8 +20,8 @@ class Pushed(NamedTuple):
       rows: `[rounds, capacity, width]`; None where the call receives nothing, like `columns` and `counts`.
       columns: `[rounds, capacity, words]` int32 each.
       counts: `[rounds]` int32, 0 from no peer.
-      faults: `[entries, 2]` int32: (expected, got) of a message under another number, (number, TIMED_OUT) of a wait that
-        expired, (-1, -1) for none.
+      faults: `[entries, 2]` int32: (expected, got) of a message under another number, (number, TIMED_OUT) of a wait
+        that expired, (-1, -1) for none.
       sequence: int32, the next sequence number.
     """
 

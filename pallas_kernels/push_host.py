@@ -53,7 +53,7 @@ def close_host_mailbox(number: int) -> None:
 
 def push_on_host(
     plan: PushPlan, table: Any, sequence: Any, sent: tuple[Any, ...]
-) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]:
+) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.int32]:
     """One device's call; see `push`.
 
     Args:
@@ -68,7 +68,7 @@ def push_on_host(
     table, number = np.asarray(table), int(sequence)
     rounds, own = plan.mailbox.num_rounds, _open[int(table[TABLE_OWN])]
     seconds = float(table[TABLE_DEADLINE]) * TICK_NS * 1e-9
-    peers = [_open.get(int(n)) for n in table[TABLE_HEAD :: 2][:rounds]]
+    peers = [_open.get(int(n)) for n in table[TABLE_HEAD::2][:rounds]]
     faults = np.full((2 * rounds, 2), -1, np.int32)
     epoch = _begin(own, plan)
     if plan.sends is not None:

@@ -50,7 +50,7 @@ def load_vector_if(inside: Word, pointer: Pointer, index: Any) -> list[Word]:
     kind = llvm.StructType.get_literal([simt.i32()] * 4)
     operands = [pointer.at(index, _vector()), inside.count().value]
     # A side effect, though it has none: what is read after a flag must not move above it.
-    found = llvm.inline_asm(kind, operands, text, "=&r,=&r,=&r,=&r,l,r", has_side_effects=True)
+    found: Any = llvm.inline_asm(kind, operands, text, "=&r,=&r,=&r,=&r,l,r", has_side_effects=True)
     return [Word(llvm.extractvalue(simt.i32(), found, [i])) for i in range(4)]
 
 
@@ -78,17 +78,17 @@ def wait_tagged(groups: list[tuple[Pointer, Any]], length: int, tag: Word, patie
     start = ticks()
     loop = scf.WhileOp([bit] + [word] * (length * len(groups)), [])
     with ir.InsertionPoint(loop.before.blocks.append()):
-        found, tagged = [], None
+        found, tagged = [], Word(arith.constant(bit, 1))
         for pointer, index in groups:
             kind = llvm.StructType.get_literal([word] * (2 * length))
             outs = ", ".join(f"${i}" for i in range(2 * length))
             text = f"ld.volatile.global.v{2 * length}.b32 {{{outs}}}, [${2 * length}];"
             constraint = ",".join(["=r"] * (2 * length) + ["l"])
-            seen = llvm.inline_asm(kind, [_group(pointer, index, length)], text, constraint, has_side_effects=True)
+            seen: Any = llvm.inline_asm(kind, [_group(pointer, index, length)], text, constraint, has_side_effects=True)
             parts = [Word(llvm.extractvalue(word, seen, [i])) for i in range(2 * length)]
             found += parts[::2]
             for part in parts[1::2]:
-                tagged = part.equals(tag) if tagged is None else tagged & part.equals(tag)
+                tagged = tagged & part.equals(tag)
         late = (ticks() - start) >= patience
         more = arith.xori(arith.ori(tagged.value, late.value), arith.constant(bit, 1))
         scf.condition(more, [tagged.value, *(w.value for w in found)])
@@ -133,7 +133,7 @@ def wait(pointer: Pointer, least: Word, deadline: Word) -> Waited:
     with ir.InsertionPoint(loop.before.blocks.append()):
         text = "{ .reg .b64 d; ld.acquire.sys.global.b64 d, [$2]; mov.b64 {$0, $1}, d; }"
         kind = llvm.StructType.get_literal([word, word])
-        seen = llvm.inline_asm(kind, [pointer.value], text, "=r,=r,l", has_side_effects=True)
+        seen: Any = llvm.inline_asm(kind, [pointer.value], text, "=r,=r,l", has_side_effects=True)
         low, high = (Word(llvm.extractvalue(word, seen, [i])) for i in range(2))
         reached = (low - least) >= 0
         late = (ticks() - start) >= deadline

@@ -84,7 +84,12 @@ def import_(ordinal: int, handle: bytes) -> int:
     address = ctypes.c_uint64()
     with context(ordinal):
         lazily_enable_peer_access = ctypes.c_uint(1)
-        call("cuIpcOpenMemHandle_v2", ctypes.byref(address), _IpcHandle.from_buffer_copy(handle), lazily_enable_peer_access)
+        call(
+            "cuIpcOpenMemHandle_v2",
+            ctypes.byref(address),
+            _IpcHandle.from_buffer_copy(handle),
+            lazily_enable_peer_access,
+        )
     return address.value
 
 
@@ -108,7 +113,9 @@ def enable_peer_access(ordinal: int, peer: int) -> None:
     call("cuDeviceGet", ctypes.byref(other), peer)
     call("cuDeviceCanAccessPeer", ctypes.byref(possible), device, other)
     if not possible.value:
-        raise CudaError(f"mailboxes: expected device {ordinal} to reach the memory of device {peer} (peer access), got none")
+        raise CudaError(
+            f"mailboxes: expected device {ordinal} to reach the memory of device {peer} (peer access), got none"
+        )
     peer_context = ctypes.c_void_p()
     call("cuDevicePrimaryCtxRetain", ctypes.byref(peer_context), other)
     with context(ordinal):

@@ -6,6 +6,7 @@ that does not use the rest of its result: XLA removes unused collectives, on tha
 """
 
 import dataclasses
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -46,17 +47,13 @@ class Chain:
     combines: int = 0
 
     @classmethod
-    def start(
-        cls, sequence: jax.Array, order: jax.Array | float = 0.0, mailbox: jax.Array | None = None
-    ) -> "Chain":
+    def start(cls, sequence: jax.Array, order: jax.Array | float = 0.0, mailbox: jax.Array | None = None) -> "Chain":
         return cls(sequence, 0, sequence, (), jnp.asarray(order, jnp.float32), mailbox)
 
     def after(self, dispatch: bool, combine: bool) -> "Chain":
         """Counts one exchange of a transport whose directions are numbered apart: `count` is the larger of the two."""
         dispatches, combines = self.dispatches + dispatch, self.combines + combine
-        return dataclasses.replace(
-            self, count=max(dispatches, combines), dispatches=dispatches, combines=combines
-        )
+        return dataclasses.replace(self, count=max(dispatches, combines), dispatches=dispatches, combines=combines)
 
     def offsets(self, attention: bool) -> tuple[int, int]:
         """The numbers of the next message that a role sends and of the next that it receives, less `sequence`."""
@@ -112,7 +109,7 @@ class Exchange:
     rounds: Rounds
 
     @classmethod
-    def of(cls, mesh: MeshConfig, hidden_size: int, capacity: int, num_experts_per_tok: int, dtype) -> "Exchange":
+    def of(cls, mesh: MeshConfig, hidden_size: int, capacity: int, num_experts_per_tok: int, dtype) -> Self:
         """For one micro-batch of `capacity` rows a replica.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Mailboxes: memory of each device that the other role's devices write into, and the address tables of their kernels."""
+"""Mailboxes: memory of each device that the other role's devices write into, and their kernels' address tables."""
 
 import json
 import os
@@ -136,7 +136,8 @@ class Mailboxes:
     def _reach(self, index: int, device: jax.Device, peer: int, handle: dict) -> int:
         if handle["slot_bytes"] != self.slot_bytes:
             raise ValueError(
-                f"Mailboxes.connect: expected slots of {self.slot_bytes} bytes at device {peer}, got {handle['slot_bytes']}"
+                f"Mailboxes.connect: expected slots of {self.slot_bytes} bytes at device {peer}, "
+                f"got {handle['slot_bytes']}"
             )
         if handle["host"] != _host():
             raise ValueError(

@@ -1,4 +1,4 @@
-"""PushExchange: the `push` transport, one kernel an exchange that writes exactly the rows needed into the peers' memory."""
+"""PushExchange: the `push` transport, one kernel an exchange that writes exactly the needed rows into peers' memory."""
 
 import dataclasses
 from typing import Literal
@@ -69,8 +69,14 @@ class PushExchange(Exchange):
             *chain.offsets(attention),
             chain.after(dispatch, combine).count - chain.count,
         )
-        given = (box.hidden, box.num_rows, self._columns(box) if attention else (), box.row_index) if sends else ()
-        pushed = _push(plan, chain.mailbox, chain.sequence, *given, implementation=self._implementation())
+        pushed = _push(
+            plan, chain.mailbox, chain.sequence,
+            rows=box.hidden if sends else None,
+            counts=box.num_rows if sends else None,
+            columns=self._columns(box) if sends and attention else (),
+            index=box.row_index if sends else None,
+            implementation=self._implementation(),
+        )  # fmt: skip
         chain = dataclasses.replace(
             chain.after(dispatch, combine), sequence=pushed.sequence, faults=(*chain.faults, pushed.faults)
         )

@@ -20,9 +20,6 @@ EVEN = dataclasses.replace(ODD, num_heads=8, num_kv_heads=2)
 MESHES = {
     "2:1, m = 3": (ODD, MeshConfig(2, 1, 3, transport="push")),
     "1:4, m = 2": (ODD, MeshConfig(1, 4, 2, transport="push")),
-    "expert tensor 2, one direction an exchange": (
-        EVEN, MeshConfig(1, 1, 3, expert_tensor=2, transport="push", directions="one"),
-    ),
     "attention tensor 2, lockstep": (
         EVEN, MeshConfig(1, 1, 2, attention_tensor=2, transport="push", directions="both"),
     ),

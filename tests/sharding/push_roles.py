@@ -49,7 +49,8 @@ class Roles:
         with concurrent.futures.ThreadPoolExecutor(len(indices)) as pool:
             found = dict(zip(indices, pool.map(one, indices), strict=True))
         return {
-            role: jax.tree.map(lambda *parts: np.stack(parts), *(found[i] for i in self.indices(role))) for role in roles
+            role: jax.tree.map(lambda *parts: np.stack(parts), *(found[i] for i in self.indices(role)))
+            for role in roles
         }
 
     def _compiled(self, program: Callable[..., Any], role: str) -> Any:

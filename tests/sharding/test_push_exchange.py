@@ -1,4 +1,4 @@
-"""The push transport on CPU devices: the same boxes as ppermute's, order without a common call, numbers, bounded waits."""
+"""The push transport on CPU devices: the boxes of ppermute, order without a common call, numbers, bounded waits."""
 
 import dataclasses
 import json
@@ -70,7 +70,9 @@ def test_rows_are_gathered_by_index():
     rows = rng.normal(size=(n, 11, exchange.format.width)).astype(np.float32)
     index = rng.integers(0, 11, (n, r, CAPACITY)).astype(np.int32)
     boxes = dataclasses.replace(random_boxes(exchange, 1), hidden=rows, row_index=index)
-    gathered = dataclasses.replace(boxes, hidden=np.stack([a[i] for a, i in zip(rows, index, strict=True)]), row_index=None)
+    gathered = dataclasses.replace(
+        boxes, hidden=np.stack([a[i] for a, i in zip(rows, index, strict=True)]), row_index=None
+    )
     results = Roles(exchange).run(in_order(["both"]), [boxes], [0] * n)
     got = jax.tree.map(lambda *parts: np.concatenate(parts), *(results[role][0][0] for role in ROLES))
     want = expected_arrivals(exchange, gathered, "both")
@@ -146,7 +148,7 @@ def test_a_sender_is_never_further_ahead_than_there_are_slots():
 def test_an_exchange_without_role_or_table_is_refused():
     exchange = exchange_of(MeshConfig(1, 1))
     for wrong in (exchange, exchange.playing("expert")):
-        with pytest.raises(ValueError, match="expected a role .* and a mailbox table"):
+        with pytest.raises(ValueError, match=r"expected a role .* and a mailbox table"):
             wrong(wrong.empty_box(), Chain.start(jnp.int32(0)), dispatch=True, combine=True)
 
 
