@@ -107,7 +107,7 @@ class CheckpointReader:
         self.files.close()
 
     def _read_whole(self, pieces: Sequence[Piece], index: Index, dtype: np.dtype) -> np.ndarray | None:
-        """`[pieces, ...]`, read as it is stored and turned by its strides alone; None where something is cut or cast."""
+        """`[pieces, ...]`, read as it is stored and turned by strides alone; None if something is cut or cast."""
         first = pieces[0] if pieces else None
         if first is None or index != tuple(slice(0, size) for size in first.shape):
             return None
