@@ -69,8 +69,9 @@ def _sum(values: list[Floats], sums: Pointer) -> Float:
     """Of all squares of the block, in each of its threads; always in the same order."""
     squares = [one * one for value in values for one in value.each()]
     own = floats.warp_reduce(sum(squares[1:], squares[0]), lambda a, b: a + b)
+    warp = simt.warp()  # the whole warp takes part in this: not inside the condition
     with simt.when((simt.thread() % WARP).equals(0)):
-        sums.store(simt.warp(), own.bits())
+        sums.store(warp, own.bits())
     simt.barrier()
     found = [floats.Float.of_bits(sums.load(w)) for w in range(WARPS)]
     return sum(found[1:], found[0])
