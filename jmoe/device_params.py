@@ -1,6 +1,9 @@
 """DeviceParams: each device's share of the parameters, read straight from their source onto that device."""
 
+import functools
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, Protocol
 
 import jax
@@ -46,7 +49,7 @@ class ArraySource:
 
 
 class DeviceParams:
-    """Reads and places the parameters of a cell, array by array: the host never holds more than one.
+    """Reads and places the parameters of a cell, array by array: the host never holds more than two.
 
     Args:
       cell: model, meshes, placement.
@@ -58,6 +61,7 @@ class DeviceParams:
         self.cell = cell
         self.mesh = mesh
         self._local = local_devices(mesh, first_device)
+        self._lock = threading.Lock()
         self._idle: dict[tuple[jax.Device, tuple[int, ...], np.dtype], jax.Array] = {}
         specs = array_specs(cell.model)
         self.specs = {"attention": specs[0], "expert": specs[1]}
@@ -75,10 +79,12 @@ class DeviceParams:
         one for all arrays of that shape, since one program needs one shape everywhere.
         """
         placed, specs = {}, self.specs[role]
-        for n, (path, spec) in enumerate(specs.items()):
-            placed[path] = self._place_one(role, path, spec, source)
-            if (n + 1) % 50 == 0 or n + 1 == len(specs):
-                progress(f"{role} weights: {n + 1} of {len(specs)} arrays")
+        with ThreadPoolExecutor(2) as pool:  # one is read while another goes to its devices
+            arrays = pool.map(lambda item: self._place_one(role, *item, source), specs.items())
+            for n, (path, array) in enumerate(zip(specs, arrays, strict=True)):
+                placed[path] = array
+                if (n + 1) % 50 == 0 or n + 1 == len(specs):
+                    progress(f"{role} weights: {n + 1} of {len(specs)} arrays")
         return placed
 
     def _place_one(self, role, path: str, spec: ArraySpec, source: ParamSource) -> jax.Array:
@@ -93,7 +99,7 @@ class DeviceParams:
                 with jax.default_device(device):
                     read[key] = self._read(role, path, spec, source, node, rank)
             shape = read[key].shape
-            shards[device] = jax.device_put(read[key][None], device)
+            shards[device] = _put(read[key][None], device)
         for _, device in self._local:
             if device not in shards:
                 shards[device] = self._idle_buffer(device, (1, *shape), dtype)
@@ -118,6 +124,23 @@ class DeviceParams:
         return pad_to(held, (placement.max_local_experts, *shape[1:]))  # nodes may hold different numbers of experts
 
     def _idle_buffer(self, device: jax.Device, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
-        if (device, shape, dtype) not in self._idle:
-            self._idle[device, shape, dtype] = jnp.zeros(shape, dtype, device=device)
-        return self._idle[device, shape, dtype]
+        with self._lock:
+            if (device, shape, dtype) not in self._idle:
+                self._idle[device, shape, dtype] = jnp.zeros(shape, dtype, device=device)
+            return self._idle[device, shape, dtype]
+
+
+def _put(array: np.ndarray | jax.Array, device: jax.Device) -> jax.Array:
+    """On the device; what lies in memory with its axes in another order is transposed there, not on the host."""
+    if isinstance(array, jax.Array) or array.flags.c_contiguous:
+        return jax.device_put(array, device)
+    order = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
+    stored = array.transpose(order)
+    if not stored.flags.c_contiguous:
+        return jax.device_put(array, device)
+    return _transpose(jax.device_put(stored, device), tuple(order.index(axis) for axis in range(array.ndim)))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _transpose(array: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    return array.transpose(order)

@@ -44,7 +44,8 @@ def _program(shape: tuple[int, ...], dtype: Any, eps: float, wanted: list[int]) 
         l2_prefetch(targets, wanted, tokens)
         element, token = simt.element_type(dtype), simt.block()
         source, real = x.skip(token, row_bytes), simt.element_type(jnp.float32)
-        held: list[tuple[Any, Any, Floats]] = []
+        held: list[tuple[Any, Any, Floats, Floats]] = []
+        four = row_bytes // width * 4
         for start in range(0, width // 4, BLOCK_THREADS):  # fours of the row
             index = simt.thread() + start
             inside = index < width // 4
@@ -52,15 +53,14 @@ def _program(shape: tuple[int, ...], dtype: Any, eps: float, wanted: list[int]) 
             total = floats.Floats.of(terms.skip(token, width * 4).load_vector(at, 4, real))
             for part in range(1, parts):
                 total = total + floats.Floats.of(terms.skip(token + part * tokens, width * 4).load_vector(at, 4, real))
-            old = floats.Floats.of(source.load_vector(at, 4, element, num_bytes=row_bytes // width * 4))
-            held.append((at, inside, (old + total.rounded(element)).rounded(element)))
-        factor = _sum([y.where(inside) for _, inside, y in held], sums).times(1 / width).plus(eps).rsqrt()
-        for at, inside, y in held:
-            scales = floats.Floats.of(scale.load_vector(at, 4, element, num_bytes=row_bytes // width * 4))
+            old, scales = (floats.Floats.of(a.load_vector(at, 4, element, four)) for a in (source, scale))
+            held.append((at, inside, (old + total.rounded(element)).rounded(element), scales))
+        factor = _sum([y.where(inside) for _, inside, y, _ in held], sums).times(1 / width).plus(eps).rsqrt()
+        for at, inside, y, scales in held:
             h = (y.times(factor).rounded(element) * scales).rounded(element)
             with simt.when(inside):
                 for out, value in ((y_out, y), (h_out, h)):
-                    out.skip(token, row_bytes).store_vector(at, value.to(element), row_bytes // width * 4)
+                    out.skip(token, row_bytes).store_vector(at, value.to(element), four)
 
     return program
 
@@ -69,8 +69,9 @@ def _sum(values: list[Floats], sums: Pointer) -> Float:
     """Of all squares of the block, in each of its threads; always in the same order."""
     squares = [one * one for value in values for one in value.each()]
     own = floats.warp_reduce(sum(squares[1:], squares[0]), lambda a, b: a + b)
+    warp = simt.warp()  # the whole warp takes part in this: not inside the condition
     with simt.when((simt.thread() % WARP).equals(0)):
-        sums.store(simt.warp(), own.bits())
+        sums.store(warp, own.bits())
     simt.barrier()
     found = [floats.Float.of_bits(sums.load(w)) for w in range(WARPS)]
     return sum(found[1:], found[0])

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jmoe.cell_config import CellConfig
 from jmoe.config import ModelConfig
 from jmoe.lowering import AbstractCell, lower_program
+from jmoe.pallas_kernels import choice
 from jmoe.schedule import build_schedule
 from jmoe.sharding.mesh_config import AXIS, MeshConfig
 from jmoe.sharding.meshes import program_mesh
@@ -101,6 +102,19 @@ def test_plan_of_a_colocated_cell(imaginary_mesh, name):
     found = {word for word in COLLECTIVES if f" {word}" in text}
     assert found >= set(collectives) and "collective-permute" not in found and (collectives or not found)
     assert not faults(text, forbidden_sizes(cell, devices))
+
+
+@pytest.mark.aot
+def test_plan_of_a_colocated_cell_on_hopper(imaginary_mesh, monkeypatch):
+    """The few kernels: none that only adds partial sums up, and no weight copied or joined with another."""
+    monkeypatch.setattr(choice, "has_hopper", lambda: True)
+    cell = cell_on(MeshConfig.colocate(1))
+    cell = dataclasses.replace(cell, model=dataclasses.replace(MODEL, num_layers=3), max_stop_ids=9)
+    devices = Mesh(imaginary_mesh.devices[:1], (AXIS,))
+    text = lower_program(cell, devices, "colocated", ("decode", False)).compile().as_text()
+    assert not faults(text, forbidden_sizes(cell, devices))
+    kernels = text.count('custom_call_target="mosaic_gpu')
+    assert kernels == 3 * 8 + 2, "residual_norm stands before the projections of all layers but the first"
 
 
 @pytest.mark.aot

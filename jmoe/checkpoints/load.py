@@ -10,6 +10,7 @@ import numpy as np
 from jmoe.checkpoints.dequantized_files import DequantizedFiles
 from jmoe.checkpoints.hf_names import name_maps
 from jmoe.checkpoints.layout import SCALES, Piece
+from jmoe.checkpoints.raw_tensors import RawTensors
 from jmoe.checkpoints.safetensors_reader import TensorFiles
 from jmoe.config import ModelConfig
 
@@ -39,6 +40,7 @@ class CheckpointReader:
         self._attention, self._experts = name_maps(self.config, self.files)
         self._dequantized = DequantizedFiles(self.files)
         self._expert_files = self._dequantized if self.config.expert_dtype == "model" else self.files
+        self._raw = RawTensors()
         self._dtype = np.dtype(np.float32 if self.config.dtype == "float32" else ml_dtypes.bfloat16)
 
     @property
@@ -61,7 +63,7 @@ class CheckpointReader:
           index: one slice (step 1) an axis of the whole parameter; None for all of it.
 
         Returns:
-          A contiguous array of that slice, in the config's dtype.
+          That slice in the config's dtype; contiguous where something was cut or cast, else perhaps a transposed view.
 
         Raises:
           ValueError: an unknown path, a slice outside the shape, or a stored tensor that is missing or misshapen.
@@ -73,7 +75,10 @@ class CheckpointReader:
         if path not in self._attention:
             raise ValueError(f"expected a parameter of the attention half, got {path!r}")
         piece = self._attention[path]
-        part = piece.read(self._dequantized, _resolve(path, piece.shape, index))
+        resolved = _resolve(path, piece.shape, index)
+        if (whole := self._read_whole([piece], resolved, self._dtype)) is not None:
+            return whole[0]
+        part = piece.read(self._dequantized, resolved)
         return np.ascontiguousarray(part, self._dtype)
 
     def read_experts(self, path: str, expert_ids: Sequence[int], index: Index | None = None) -> np.ndarray:
@@ -86,7 +91,7 @@ class CheckpointReader:
 
         Returns:
           `[len(expert_ids), D, F']` for gate_proj and up_proj, `[len(expert_ids), F', D]` for down_proj; of float8
-          experts as `jmoe.models.experts` has them.
+          experts as `jmoe.models.experts` has them. Whole experts lie in memory as they are stored: a transposed view.
 
         Raises:
           ValueError: as `read`, or an expert id that the model does not have.
@@ -101,15 +106,32 @@ class CheckpointReader:
         """Unmaps the files, whose pages count as this process's memory; a later read maps them again."""
         self.files.close()
 
+    def _read_whole(self, pieces: Sequence[Piece], index: Index, dtype: np.dtype) -> np.ndarray | None:
+        """`[pieces, ...]`, read as it is stored and turned by strides alone; None if something is cut or cast."""
+        first = pieces[0] if pieces else None
+        if first is None or index != tuple(slice(0, size) for size in first.shape):
+            return None
+        for piece in pieces:
+            is_whole = piece.region() == tuple(slice(0, size) for size in piece.stored)
+            if not (is_whole and piece.stored == first.stored and piece.name in self.files):
+                return None
+            if not self._raw.holds(self.files.file_of(piece.name), piece.name, piece.stored, dtype):
+                return None
+        stored = np.empty((len(pieces), *first.stored), dtype)
+        self._raw.read_into([(self.files.file_of(piece.name), piece.name) for piece in pieces], stored)
+        return stored.reshape(len(pieces), *first.view).transpose(0, *(axis + 1 for axis in first.order))
+
     def _expert_pieces(self, path: str) -> tuple[Piece, ...]:
         if path not in self._experts:
             raise ValueError(f"expected a parameter of the expert half, got {path!r}")
         return self._experts[path]
 
     def _stack(self, path: str, expert_ids: Sequence[int], index: Index) -> np.ndarray:
-        # Filled expert by expert: the peak is the result plus one expert's slice.
         pieces = self._experts[path]
         dtype = pieces[0].numpy_dtype(self.config.dtype)
+        if (whole := self._read_whole([pieces[expert] for expert in expert_ids], index, dtype)) is not None:
+            return whole
+        # Filled expert by expert: the peak is the result plus one expert's slice.
         stacked = np.empty((len(expert_ids), *(s.stop - s.start for s in index)), dtype)
         for row, expert in enumerate(expert_ids):
             stacked[row] = pieces[expert].read(self._expert_files, index)

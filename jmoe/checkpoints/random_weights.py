@@ -16,8 +16,8 @@ from jmoe.models.model import array_specs
 class RandomWeights:
     """Normal weights of standard deviation fan_in^-1/2 (ones for norm scales), drawn on JAX's default device.
 
-    A number depends on the seed, the parameter's path and its place in the whole array alone (for
-    experts: on the expert and the place in its matrix), so a device's share is the same cut of the same array on every mesh. Experts
+    A number depends on the seed, the parameter's path and its place in the whole array alone (for experts: on the
+    expert and the place in its matrix), so a device's share is the same cut of the same array on every mesh. Experts
     of `expert_dtype` "fp8" are random float8 values under one scale.
 
     Args:
@@ -74,7 +74,7 @@ def _normal(key, ids, starts, *, shape: tuple[int, ...], part: tuple[int, ...], 
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A bijection of 32-bit words, every bit on every bit dependent: "lowbias32" of the hash prospector (C. Wellons)."""
+    """A bijection of words, every bit on every bit dependent: "lowbias32" of the hash prospector (C. Wellons)."""
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)

@@ -43,6 +43,10 @@ class TensorFiles:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
+    def file_of(self, name: str) -> pathlib.Path:
+        """Which file a tensor stands in."""
+        return self._file_of[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a stored tensor, from the file's header."""
         return tuple(self._slice(name).get_shape())

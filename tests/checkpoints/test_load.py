@@ -44,7 +44,8 @@ def test_every_slice_is_the_slice_of_the_whole(reader):
         for path, shape in reader.shapes(role).items():
             whole = reader.read(role, path)
             assert whole.shape == shape
-            assert whole.flags.c_contiguous
+            as_stored = whole.transpose(np.argsort(whole.strides, kind="stable")[::-1])
+            assert as_stored.flags.c_contiguous or whole.flags.c_contiguous, "no gaps, whatever the order of the axes"
             np.testing.assert_array_equal(reader.read(role, path, half(shape)), whole[half(shape)])
             for axis in range(len(shape)):  # one axis cut at a time, as tensor ranks do
                 index = [slice(None)] * len(shape)

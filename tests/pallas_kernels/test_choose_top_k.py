@@ -66,6 +66,24 @@ def test_bf16_logits(implementation):
     np.testing.assert_allclose(weights, oracle(logits, 4, True)[1], rtol=1e-5)
 
 
+@IMPLEMENTATIONS
+def test_partial_sums_and_rows_without_a_token(implementation):
+    rng = np.random.default_rng(0)
+    whole = rng.permuted(np.linspace(-9, 9, 5 * 40).reshape(5, -1), axis=1)
+    parts = rng.normal(size=(3, 5, 40)).astype(np.float32)
+    parts[2] = whole - parts[0] - parts[1]
+    num_tokens = np.array([1, 0, 1, 1, 0], np.int32)
+    idx, weights = choose_top_k(parts, 4, True, num_tokens=num_tokens, dtype=np.float32, implementation=implementation)
+    want_idx, want = oracle(whole, 4, True)
+    np.testing.assert_array_equal(idx, np.where(num_tokens[:, None] > 0, want_idx, -1))
+    np.testing.assert_allclose(weights, want, rtol=1e-4)
+    coarse = choose_top_k(parts, 4, True, dtype=jnp.bfloat16, implementation=implementation)[1]
+    rounded = oracle(jnp.asarray(parts.sum(axis=0), jnp.bfloat16), 4, True)[1]
+    np.testing.assert_allclose(coarse, rounded, rtol=1e-5, err_msg="rounded once they are added up")
+    with pytest.raises(ValueError, match=r"expected num_tokens \[5\], got \(4,\)"):
+        choose_top_k(parts, 4, True, num_tokens=num_tokens[:4])
+
+
 def test_what_cannot_be_computed_is_refused():
     logits = jnp.zeros((4, 2000))
     with pytest.raises(ValueError, match="expected implementation 'xla', 'pallas' or None, got 'cuda'"):

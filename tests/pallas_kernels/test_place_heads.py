@@ -10,7 +10,7 @@ import pytest
 from jmoe.models.norms import normalize, rotate
 from jmoe.pallas_kernels import place_heads_mosaic
 from jmoe.pallas_kernels.paged_attention import write_pages
-from jmoe.pallas_kernels.place_heads import place_heads
+from jmoe.pallas_kernels.place_heads import place_heads, place_partial_heads
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 import simt_emulator
@@ -69,6 +69,30 @@ def test_the_kernels_program(monkeypatch, rows, heads, kv_heads, head_dim, norm,
         np.testing.assert_allclose(np.asarray(mine, np.float32), np.asarray(model, np.float32), **loose)
     untouched = np.asarray(want[2] == arrays[6]) if dtype == np.float32 else slice(0)
     np.testing.assert_array_equal(np.asarray(got[2])[untouched], np.asarray(want[2])[untouched])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.parametrize("norm", [True, False])
+def test_partial_sums_of_the_projections(monkeypatch, norm, implementation):
+    """As the whole ones, rounded once they are added up."""
+    dtype, (rows, heads, kv_heads, head_dim) = np.dtype(jnp.bfloat16), (3, 6, 2, 64)
+    arrays = problem(rows, 1, heads, kv_heads, head_dim, norm, dtype)
+    whole = np.concatenate([a.reshape(rows, -1) for a in arrays[:3]], axis=1).astype(np.float32)
+    parts = np.random.default_rng(1).standard_normal((4, *whole.shape)).astype(np.float32)
+    parts[3] = whole - parts[:3].sum(axis=0)
+    want = expected(*(a if a is None else jnp.asarray(a) for a in arrays))
+    if implementation == "pallas":
+        simt_emulator.install(monkeypatch)
+        monkeypatch.setattr(jax, "new_ref", lambda array: array)
+        monkeypatch.setattr(jax, "freeze", lambda ref: ref)
+    else:
+        parts, *arrays = jax.tree.map(jnp.asarray, [parts, *arrays])
+    got = place_partial_heads(parts, heads, *arrays[3:], theta=THETA, eps=EPS, implementation=implementation)
+    assert got[0].shape == (rows, 1, heads, head_dim)
+    for mine, model in zip(got, want, strict=True):
+        np.testing.assert_allclose(np.asarray(mine, np.float32), np.asarray(model, np.float32), rtol=0, atol=0.04)
+    with pytest.raises(ValueError, match=r"place_partial_heads: expected partials .* for 5 queries"):
+        place_partial_heads(parts, 5, *arrays[3:], theta=THETA, eps=EPS)
 
 
 def test_what_the_kernel_cannot_do_is_refused():

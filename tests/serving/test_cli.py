@@ -263,7 +263,7 @@ def test_demo(checkpoint, created, capsys, monkeypatch):
     monkeypatch.setattr("jmoe.serving.commands.demo._SIZES", jmoe_sizes(max_len=64))
     assert main(["demo", "the fox", "--max-tokens", "6", "--ignore-eos"]) == 0
     _, cell, kind = created[0]
-    assert (kind, cell.mesh.num_devices, cell.mesh.num_micro_batches, cell.model.dtype) == ("inline", 2, 2, "float32")
+    assert (kind, cell.mesh.num_devices, cell.mesh.num_micro_batches, cell.model.dtype) == ("inline", 2, 1, "float32")
     ids = Tokenizer.from_dir(checkpoint).encode_chat([{"role": "user", "content": "the fox"}])
     shown = capsys.readouterr()
     *text, last = shown.out.splitlines()
