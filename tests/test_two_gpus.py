@@ -1,4 +1,4 @@
-"""Both executors on two GPUs, against a small random checkpoint in bf16 made here."""
+"""Both executors and both transports on two GPUs, against a small random checkpoint in bf16 made here."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ CONFIG = dataclasses.replace(
 )
 NUM_TOKENS = 24
 TOLERANCE = 2.0**-6  # of the reference's best logit: docs/numerics.md
-MESH = MeshConfig(1, 1, num_micro_batches=3)
+EXECUTORS = [(kind, transport) for kind in ("inline", "processes") for transport in ("ppermute", "push")]
 
 REFERENCE = """
 import json, sys
@@ -100,12 +100,12 @@ def reference(checkpoint):
     return prompts, json.loads(_python(REFERENCE, str(checkpoint), str(NUM_TOKENS), given=prompts))
 
 
-@pytest.fixture(params=["inline", "processes"])
+@pytest.fixture(params=EXECUTORS, ids=" ".join)
 def executor(request, checkpoint):
-    config = ModelConfig.from_hf(checkpoint)
-    mesh = MESH.resolve(config.num_experts)
+    config, (kind, transport) = ModelConfig.from_hf(checkpoint), request.param
+    mesh = MeshConfig(1, 1, num_micro_batches=3, transport=transport).resolve(config.num_experts)
     cell = CellConfig(config, mesh, rows=3, chunk_len=8, num_steps=1, num_pages=64, max_len=64)
-    if request.param == "inline":
+    if kind == "inline":
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the workers of the other executor need room too
         from jmoe.serving.executors.inline import InlineExecutor as Executor
     else:
