@@ -192,8 +192,8 @@ class ExpertRole:
         num_rows = rows_at(inbox.num_rows, first)  # [M]
         valid = jnp.arange(f.capacity, dtype=jnp.int32) < num_rows[:, None]
         local_idx = jnp.where(valid[..., None], rows_at(inbox.local_idx, first), -1)
-        topk_weights = jnp.where(valid[..., None], rows_at(inbox.topk_weights, first), 0)
-        rows = jnp.where(valid.reshape(-1, 1), rows, 0)
+        topk_weights = rows_at(inbox.topk_weights, first)
+        # Rows and weights that were not sent may be anything: a row's sum is of that row alone, and theirs is not sent.
         flat = (local_idx.reshape(len(rows), -1), topk_weights.reshape(len(rows), -1))
         sums = self.tensor.sum(self.partial_sums(stage.layer, rows, *flat)).astype(f.dtype)
         slices = sums.reshape(self.cell.mesh.attention, f.capacity, rounds.num_slices, f.width)
