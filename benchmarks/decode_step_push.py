@@ -183,6 +183,8 @@ def in_processes(args: argparse.Namespace, cell: CellConfig, context: int, inlin
 
 def planned_steps(args: argparse.Namespace, model: ModelConfig, m: int, rows: int, context: int) -> tuple[float, float]:
     """Seconds of a step as the planner's roofline has it: roles apart on two GPUs, and colocated on both."""
+    import jax
+
     from jmoe.planner.baselines import Engine
     from jmoe.planner.deployment import Deployment, Problem
     from jmoe.planner.hardware import load_catalogue
@@ -191,8 +193,8 @@ def planned_steps(args: argparse.Namespace, model: ModelConfig, m: int, rows: in
 
     shape = ModelShape.from_config(model)
     kinds, one = load_catalogue(), np.array([1])
-    gpu = kinds["h100"]
-    problem = Problem(shape, kinds, {"h100": 2}, Workload((context,), (1,)))
+    name = "h200" if "H200" in jax.devices()[0].device_kind else "h100"
+    gpu, problem = kinds[name], Problem(shape, kinds, {name: 2}, Workload((context,), (1,)))
     apart = Deployment(problem, gpu, gpu, 1, 1, m, "separate", one, one).step(np.array([rows]))
     beside = Engine(problem, gpu, "wide", 1, 1, 2, 2, 1).step(np.array([-(-m * rows // 2)]))
     return float(apart[0]), float(beside[0])
@@ -219,14 +221,16 @@ def measure(args: argparse.Namespace, models: dict[str, ModelConfig], floors: Ca
             together = MeshConfig.colocate(2)
             batches = {key: -(-key[0] * key[2] // 2) for key in wanted}
             beside = {key: Measured(args, cell_of(args, model, together, batches[key], key[1]), pool) for key in wanted}
-        read = read_bandwidth(args.platform, None)
-        weights, stages = weights_of(next(iter(cells.values()))), {}
+        weights, stages, read = weights_of(next(iter(cells.values()))), {}, 0.0
         log("weights are there")
+        for one in (*measured.values(), *beside.values()):
+            one.wait()  # a compiler beside it disturbs what is timed
         for key, cell in cells.items():
             rows, context, m = key
             one = measured[key]
             one.adopt(weights, context)
             result: dict[str, Any] = {"compile_s": one.wait()}
+            read = read or read_bandwidth(args.platform, None)
             result["step_s"], half_s = one.step_s(context)
             layers = len(cell.model.moe_layers) - len(one.runtimes[1].cell.model.moe_layers)
             result["tick_s"] = (result["step_s"] - half_s) / (layers * m)

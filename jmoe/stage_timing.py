@@ -30,6 +30,8 @@ from jmoe.sharding.exchange import Box, Chain, Exchange
 from jmoe.sharding.transports import exchange_of
 from jmoe.step_inputs import StepLayout
 
+IN_A_ROW = 8  # timed calls: alone, on an H200 an expert stage of 663 us took 718
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StageTimes:
@@ -217,10 +219,13 @@ def _received(exchange: Exchange, cell: CellConfig, state: DeviceState) -> Box:
 
 
 def _median_s(call: Callable[[], object], repeats: int) -> float:
+    """Of one call among several that follow each other at once: the device neither idles nor waits for launches."""
     jax.block_until_ready(call())
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
+        for _ in range(IN_A_ROW):
+            last = call()
+        jax.block_until_ready(last)
+        times.append((time.perf_counter() - start) / IN_A_ROW)
     return statistics.median(times)
