@@ -163,7 +163,7 @@ def _cases(arguments: argparse.Namespace) -> list[Any]:
             arguments.top_k,
             arguments.nodes,
             arguments.dtype,
-        )  # fmt: skip
+        )
         for routing in arguments.routing.split(",")
         for pattern in arguments.patterns.split(",")
         for size in arguments.sizes.split(",")
