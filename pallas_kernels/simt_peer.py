@@ -123,7 +123,7 @@ def _load_group(group: Group) -> list[Word]:
 
 
 def load_now(pointer: Pointer, index: Any) -> Word:
-    """A word that is asked for here, though it may be needed behind a branch: the compiler would move the load there."""
+    """A word that is asked for here, though it may be needed behind a branch only."""
     text = "ld.global.b32 $0, [$1];"
     return Word(llvm.inline_asm(simt.i32(), [pointer.at(index, simt.i32())], text, "=r,l", has_side_effects=True))
 
