@@ -91,9 +91,9 @@ def drawn(case: Case, key: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def first_box(case: Case, exchange: PushExchange, device: int) -> Box:
     """What a device sends: rows in order, or an index of the rows that each present node needs."""
-    key = jax.random.key(device)
+    key, rounds = jax.random.key(device), exchange.rounds.num_rounds
     x = jax.random.normal(key, (case.tokens, case.hidden_size), jnp.bfloat16).astype(case.dtype)
-    scales = jax.random.normal(key, (rounds := exchange.rounds.num_rounds, case.tokens)) if case.scaled else None
+    scales = jax.random.normal(key, (rounds, case.tokens)) if case.scaled else None
     box = dataclasses.replace(exchange.empty_box(), row_scales=scales)
     if case.routing == "rows" or exchange.mesh.role(device) != "attention":
         hidden = jnp.broadcast_to(x, (rounds, *x.shape))
