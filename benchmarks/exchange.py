@@ -3,7 +3,8 @@
     python benchmarks/exchange.py                                   # 1 + 1 GPUs, 32 KiB to 64 MiB a pair
     python benchmarks/exchange.py --attention 4 --expert 4          # more GPUs of one host
     python benchmarks/exchange.py --sizes 128,2048 --who push,nccl  # KiB; a short run
-    srun python benchmarks/exchange.py --who nccl,ppermute --coordinator HOST:PORT   # several hosts, one process a GPU
+    srun python benchmarks/exchange.py --who nccl --coordinator HOST:PORT      # several hosts, one process a GPU,
+    srun python benchmarks/exchange.py --who ppermute --coordinator HOST:PORT  # one family of peers a command
 
 A line each: who, pattern, routing, bytes of hidden vectors that a pair needs, time of one hop. `half_rtt` is half of a
 ping-pong, so it includes the signal, its wait and a kernel's start; in `one_way` and `two_way` messages follow each
@@ -87,7 +88,12 @@ def _spawn(arguments: argparse.Namespace, group: tuple[str, ...]) -> list[dict[s
 
 
 def _run_rank(arguments: argparse.Namespace) -> None:
-    [group] = _groups(arguments.who.split(","))
+    groups = _groups(arguments.who.split(","))
+    if len(groups) != 1:
+        raise SystemExit(
+            f"--who: expected one of push, {','.join(TORCH)} or {','.join(XLA)} a rank, got {arguments.who}"
+        )
+    [group] = groups
     cases = _cases(arguments)
     if group[0] in ("push", "push_processes"):
         _run_push(arguments, group[0], cases)
@@ -135,12 +141,10 @@ def _run_push(arguments: argparse.Namespace, who: str, cases: list[Any]) -> None
 
 def _payload(case: Any, arguments: argparse.Namespace, rows: int | None = None) -> dict[str, Any]:
     """A case in plain numbers: the rows of a pair that are needed, and their bytes."""
-    routed = case.routing != "rows"
-    rows = rows if rows is not None else max(1, case.size // (2 * case.hidden_size))
-    columns = 4 * (1 + 2 * case.num_experts_per_tok) if routed else 0
+    rows = rows if rows is not None else max(1, case.size // case.row_bytes)
     return {
         "pattern": case.pattern, "routing": case.routing, "size": case.size, "rows": rows,
-        "row_bytes": 2 * case.hidden_size, "column_bytes": columns,
+        "row_bytes": case.row_bytes, "column_bytes": case.column_bytes,
         # What a transport that pads to the worst case moves: every token's row, whoever needs it.
         "sent_over_needed": case.tokens / rows if set(_groups(arguments.who.split(","))[0]) & set(XLA) else 1.0,
     }  # fmt: skip
@@ -150,7 +154,16 @@ def _cases(arguments: argparse.Namespace) -> list[Any]:
     from exchange_push import Case
 
     return [
-        Case(pattern, int(size) * 1024, routing, arguments.hidden, arguments.experts, arguments.top_k, arguments.nodes)
+        Case(
+            pattern,
+            int(size) * 1024,
+            routing,
+            arguments.hidden,
+            arguments.experts,
+            arguments.top_k,
+            arguments.nodes,
+            arguments.dtype,
+        )
         for routing in arguments.routing.split(",")
         for pattern in arguments.patterns.split(",")
         for size in arguments.sizes.split(",")
@@ -173,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--routing", default="rows,uniform,zipf")
     parser.add_argument("--sizes", default=",".join(map(str, SIZES_KIB)), help="KiB of hidden vectors a pair")
     parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--dtype", default="bfloat16", help="of rows: bfloat16, or float8_e4m3fn with a scale a row")
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--nodes", type=int, default=8, help="nodes that the experts stand on")

@@ -35,8 +35,9 @@ class Case:
       pattern: "half_rtt" is half of a ping-pong; "one_way" and "two_way" let messages follow each other.
       size: bytes of hidden vectors that a pair needs, about.
       routing: "rows" for plain rows, "uniform" or "zipf" for rows chosen by a top-k drawn on the device.
-      hidden_size, num_experts, num_experts_per_tok: of the model that is imitated; bf16.
+      hidden_size, num_experts, num_experts_per_tok: of the model that is imitated.
       num_nodes: how many nodes its experts stand on, of which the mesh may hold fewer.
+      dtype: of the rows, "bfloat16", or "float8_e4m3fn" with a scale a row.
     """
 
     pattern: Pattern
@@ -46,10 +47,25 @@ class Case:
     num_experts: int = 128
     num_experts_per_tok: int = 8
     num_nodes: int = 8
+    dtype: str = "bfloat16"
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a hidden vector."""
+        return self.hidden_size * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def scaled(self) -> bool:
+        return jnp.dtype(self.dtype).itemsize == 1
+
+    @property
+    def column_bytes(self) -> int:
+        """Of what goes with a dispatched row."""
+        return 4 * (self.scaled + (self.routing != "rows") * (1 + 2 * self.num_experts_per_tok))
 
     @property
     def tokens(self) -> int:
-        rows = max(1, self.size // (2 * self.hidden_size))
+        rows = max(1, self.size // self.row_bytes)
         if self.routing == "rows":
             return rows
         reached = 1 - (1 - 1 / self.num_nodes) ** self.num_experts_per_tok  # of tokens, by one node, if uniform
@@ -75,9 +91,10 @@ def drawn(case: Case, key: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def first_box(case: Case, exchange: PushExchange, device: int) -> Box:
     """What a device sends: rows in order, or an index of the rows that each present node needs."""
-    key = jax.random.key(device)
-    x = jax.random.normal(key, (case.tokens, case.hidden_size), jnp.bfloat16)
-    box, rounds = exchange.empty_box(), exchange.rounds.num_rounds
+    key, rounds = jax.random.key(device), exchange.rounds.num_rounds
+    x = jax.random.normal(key, (case.tokens, case.hidden_size), jnp.bfloat16).astype(case.dtype)
+    scales = jax.random.normal(key, (rounds, case.tokens)) if case.scaled else None
+    box = dataclasses.replace(exchange.empty_box(), row_scales=scales)
     if case.routing == "rows" or exchange.mesh.role(device) != "attention":
         hidden = jnp.broadcast_to(x, (rounds, *x.shape))
         return dataclasses.replace(box, hidden=hidden, num_rows=jnp.full((rounds,), case.tokens, jnp.int32))
@@ -88,8 +105,12 @@ def first_box(case: Case, exchange: PushExchange, device: int) -> Box:
     node = jnp.asarray(exchange.rounds.peer[device])
     return Box(
         hidden=x, topk_weights=routes.topk_weights[node], local_idx=routes.local_idx[node], slot=routes.order[node],
-        num_rows=routes.num_rows[node], row_index=routes.order[node],
+        num_rows=routes.num_rows[node], row_index=routes.order[node], row_scales=scales,
     )  # fmt: skip
+
+
+def _with_scales(box: Box, case: Case) -> Box:
+    return dataclasses.replace(box, row_scales=jnp.zeros_like(box.topk_weights[..., 0])) if case.scaled else box
 
 
 def program(case: Case, exchange: PushExchange, hops: int) -> Any:
@@ -114,7 +135,7 @@ def program(case: Case, exchange: PushExchange, hops: int) -> Any:
         return chain.sequence, got, chain.faults[-1]
 
     def run(table, sequence, box):
-        got, number = exchange.empty_box(), sequence
+        got, number = _with_scales(exchange.empty_box(), case), sequence
         first = jnp.full((1, 2), -1, jnp.int32)
         if ahead:
             got, chain = exchange(box, Chain.start(number, mailbox=table), dispatch=True, combine=False)
@@ -160,7 +181,8 @@ class PushCase:
 
     def __init__(self, case: Case, mesh: MeshConfig, devices: list[tuple[int, jax.Device]]):
         self.case, self.mesh = case, mesh
-        exchange = PushExchange.of(mesh, case.hidden_size, case.tokens, case.num_experts_per_tok, "bfloat16")
+        exchange = PushExchange.of(mesh, case.hidden_size, case.tokens, case.num_experts_per_tok, case.dtype)
+        exchange = dataclasses.replace(exchange, scaled=case.scaled)
         self.devices = [Device(i, d, exchange.playing(mesh.role(i))) for i, d in devices]
         self.slot_bytes = exchange.slot_bytes
 
@@ -175,7 +197,7 @@ class PushCase:
             place = jax.sharding.SingleDeviceSharding(d.device)
             got = jax.tree.map(
                 lambda a, place=place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
-                jax.eval_shape(d.exchange.empty_box),
+                jax.eval_shape(lambda d=d: self._empty(d.exchange)),
             )
             d.check = jax.jit(lambda got, d=d: self._mistakes(d, got)).lower(got).compile()
 
@@ -196,6 +218,9 @@ class PushCase:
             times.append((time.perf_counter() - begin) / self._hops())
         wrong = [what for d in self.devices if (what := self._wrong(d, *outputs[d.index][:2]))]
         return {"us": statistics.median(times[1:]) * 1e6, "least_us": min(times[1:]) * 1e6, "wrong": wrong}
+
+    def _empty(self, exchange: PushExchange) -> Box:
+        return _with_scales(exchange.empty_box(), self.case)
 
     def rows_sent(self) -> list[int]:
         """Rows of each dispatch of this process's attention devices."""
@@ -236,6 +261,7 @@ class PushCase:
                 sent = first_box(self.case, d.exchange, e if attention and not back else a).gathered()
                 rows = jnp.arange(self.case.tokens)[:, None] < sent.num_rows[r]
                 names = ("hidden",) if attention else ("hidden", "topk_weights", "local_idx", "slot")
+                names += ("row_scales",) if self.case.scaled else ()
                 differ = [
                     jnp.sum((getattr(got, n)[r] != getattr(sent, n)[r]).reshape(self.case.tokens, -1) & rows)
                     for n in names

@@ -16,6 +16,7 @@ from jmoe.pallas_kernels.push_call import Call, Line, slot_of
 from jmoe.pallas_kernels.push_plan import BLOCK_THREADS, CREDIT_BYTES, TAGGED_UNITS, MailboxMap, Message, PushPlan
 from jmoe.pallas_kernels.push_share import Column, Held, Share, smaller, within
 from jmoe.pallas_kernels.simt import Pointer, Word
+from jmoe.pallas_kernels.simt_peer import Group
 
 EPOCH = 4096  # flags of one message; a flag is epoch * EPOCH + how many of them are done
 
@@ -92,7 +93,7 @@ def _send(call: Call, message: Message, num_blocks: int, gathers: bool, rows, co
 
     def source(row: Word) -> Pointer:
         place = smaller(row, simt.word(message.capacity - 1)) + r * message.capacity
-        return rows.skip(place if index is None else index.load(place), message.row_bytes)
+        return rows.skip(place if index is None else simt_peer.load_now(index, place), message.row_bytes)
 
     share.source = source
     places = share.places(simt.word(0))
@@ -128,13 +129,13 @@ def _receive(call: Call, message: Message, num_blocks: list[int], counts, rows, 
     with simt.when(thread.equals(0)):
         call.say(simt.word(-1), simt.word(-1))
     with simt.when(there):
-        # All that the calls before took is taken: the kernel boundary says so. Not the thread that waits below.
-        with simt.when(b.equals(0) & thread.equals(BLOCK_THREADS - 1)):
-            credit = peer.skip(r, CREDIT_BYTES).skip(simt.word(mailbox.credits), 1)
-            simt_peer.release(credit, epoch, simt.word(0))
+        # All that the calls before took is taken: their kernels have ended, so no fence need say so.
+        with simt.when(b.equals(0) & thread.equals(0)):
+            simt_peer.store_word(peer.skip(r, CREDIT_BYTES), mailbox.credits // 4, epoch)
         simt.barrier()  # the fault's first word is said, and all have read the counter that ends this kernel
         line, patience = Line(mailbox, call.own, r, b, epoch), call.patience()
-        arrived, (count, got) = simt_peer.wait_tagged([(line.flag, 0)], 2, line.tag, patience)
+        everyone = thread >= 0
+        arrived, [[count, got]] = simt_peer.wait_tagged([Group(line.flag, 0, 2, everyone)], line.tag, patience)
         share = Share(message, within(count, message.capacity), b, blocks, thread)
         with simt.when(b.equals(0) & thread.equals(0)):
             counts.store(r, arrived.select(share.count, 0))
@@ -168,20 +169,23 @@ def _send_tagged(line: Line, share: Share, begun: list[Held], columns: list[Colu
 
 
 def _take_tagged(call: Call, line: Line, share: Share, columns: list[Pointer], expected: Word, patience: Word) -> None:
-    for i in range(TAGGED_UNITS):
-        at = share.place(i)
-        with simt.when(at.inside):
-            arrived, words = simt_peer.wait_tagged(line.halves(i, share.thread), 2, line.tag, patience)
-            simt_peer.store_vector_if(arrived, share.target(at.row), at.vector, words)
-            with simt.when(simt_peer.negated(arrived)):
-                call.give_up(expected)
-    for number, (target, words) in enumerate(zip(columns, share.message.columns, strict=True)):
-        first = share.b * BLOCK_THREADS + share.thread
-        with simt.when(first < share.count * words):
-            arrived, [word] = simt_peer.wait_tagged([(line.column(number), first)], 1, line.tag, patience)
+    """Each thread waits for its own words, all of them at once."""
+    first, places = share.b * BLOCK_THREADS + share.thread, [share.place(i) for i in range(TAGGED_UNITS)]
+    groups = [
+        Group(pointer, index, 2, at.inside)
+        for i, at in enumerate(places)
+        for pointer, index in line.halves(i, share.thread)
+    ]
+    heard = [first < share.count * words for words in share.message.columns]
+    groups += [Group(line.column(number), first, 1, bit) for number, bit in enumerate(heard)]
+    arrived, words = simt_peer.wait_tagged(groups, line.tag, patience)
+    for i, at in enumerate(places):
+        simt_peer.store_vector_if(at.inside & arrived, share.target(at.row), at.vector, words[2 * i] + words[2 * i + 1])
+    for target, bit, [word] in zip(columns, heard, words[2 * TAGGED_UNITS :], strict=True):
+        with simt.when(bit & arrived):
             target.store(first, word)
-            with simt.when(simt_peer.negated(arrived)):
-                call.give_up(expected)
+    with simt.when(simt_peer.negated(arrived)):
+        call.give_up(expected)
 
 
 def _send_bulk(slot: Pointer, line: Line, share: Share, begun: list[Held], columns: list[Column]) -> None:

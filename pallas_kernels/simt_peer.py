@@ -72,30 +72,60 @@ def store_tagged(pointer: Pointer, index: Any, words: list[Word], tag: Word) -> 
     llvm.inline_asm(_void(), operands, text, "l" + ",r" * (len(words) + 1), has_side_effects=True)
 
 
-def wait_tagged(groups: list[tuple[Pointer, Any]], length: int, tag: Word, patience: Word) -> tuple[Word, list[Word]]:
-    """Until every group of `length` words carries the tag: (whether they do, all words). For each thread by itself."""
+class Group(NamedTuple):
+    """One or two tagged words: number `index` of such groups at a pointer; looked for by threads that need it."""
+
+    pointer: Pointer
+    index: Any
+    length: int
+    needed: Word
+
+
+def wait_tagged(groups: list[Group], tag: Word, patience: Word) -> tuple[Word, list[list[Word]]]:
+    """Until every group that this thread needs carries the tag: (whether they do, the words of each group).
+
+    All groups are looked at together, so that a turn takes one way to the memory, not one for each.
+    """
     word, bit = simt.i32(), ir.IntegerType.get_signless(1)
+    kinds = [bit] + [word] * sum(group.length for group in groups)
     start = ticks()
-    loop = scf.WhileOp([bit] + [word] * (length * len(groups)), [])
+    loop = scf.WhileOp(kinds, [])
     with ir.InsertionPoint(loop.before.blocks.append()):
         found, tagged = [], Word(arith.constant(bit, 1))
-        for pointer, index in groups:
-            kind = llvm.StructType.get_literal([word] * (2 * length))
-            outs = ", ".join(f"${i}" for i in range(2 * length))
-            text = f"ld.volatile.global.v{2 * length}.b32 {{{outs}}}, [${2 * length}];"
-            constraint = ",".join(["=r"] * (2 * length) + ["l"])
-            seen: Any = llvm.inline_asm(kind, [_group(pointer, index, length)], text, constraint, has_side_effects=True)
-            parts = [Word(llvm.extractvalue(word, seen, [i])) for i in range(2 * length)]
+        for group in groups:
+            parts = _load_group(group)
             found += parts[::2]
             for part in parts[1::2]:
-                tagged = tagged & part.equals(tag)
+                tagged = tagged & Word(arith.ori(part.equals(tag).value, negated(group.needed).value))
         late = (ticks() - start) >= patience
         more = arith.xori(arith.ori(tagged.value, late.value), arith.constant(bit, 1))
         scf.condition(more, [tagged.value, *(w.value for w in found)])
-    with ir.InsertionPoint(loop.after.blocks.append(bit, *[word] * (length * len(groups)))):
+    with ir.InsertionPoint(loop.after.blocks.append(*kinds)):
         scf.yield_([])
     reached, *words = map(Word, loop.results)
-    return reached, words
+    return reached, [[words.pop(0) for _ in range(group.length)] for group in groups]
+
+
+def _load_group(group: Group) -> list[Word]:
+    """Words and tags in turn; zeros where they are not needed."""
+    count = 2 * group.length
+    outs = ", ".join(f"${i}" for i in range(count))
+    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(count))
+    text = (
+        f"{{ .reg .pred p; setp.ne.s32 p, ${count + 1}, 0; {zeros}"
+        f" @p ld.volatile.global.v{count}.b32 {{{outs}}}, [${count}]; }}"
+    )
+    kind = llvm.StructType.get_literal([simt.i32()] * count)
+    operands = [_group(group.pointer, group.index, group.length), group.needed.count().value]
+    constraint = ",".join(["=&r"] * count + ["l", "r"])
+    seen: Any = llvm.inline_asm(kind, operands, text, constraint, has_side_effects=True)
+    return [Word(llvm.extractvalue(simt.i32(), seen, [i])) for i in range(count)]
+
+
+def load_now(pointer: Pointer, index: Any) -> Word:
+    """A word that is asked for here, though it may be needed behind a branch only."""
+    text = "ld.global.b32 $0, [$1];"
+    return Word(llvm.inline_asm(simt.i32(), [pointer.at(index, simt.i32())], text, "=r,l", has_side_effects=True))
 
 
 def load_word(pointer: Pointer, index: Any) -> Word:

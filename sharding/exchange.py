@@ -79,6 +79,7 @@ class Box:
       num_rows: `[rounds]` int32.
       row_index: `[rounds, capacity]` int32 or None; with it `hidden` is `[any, width]` and row i of a round is
         hidden[row_index[round, i]]. Transports that can't gather by themselves take `gathered()`.
+      row_scales: `[rounds, capacity]` float32 or None: what float8 rows are to be multiplied with.
     """
 
     hidden: jax.Array
@@ -87,6 +88,7 @@ class Box:
     slot: jax.Array
     num_rows: jax.Array
     row_index: jax.Array | None = None
+    row_scales: jax.Array | None = None
 
     def gathered(self) -> "Box":
         """The same box with its rows in their places."""

@@ -26,10 +26,12 @@ class PushExchange(Exchange):
     Attributes:
       role: what the traced program plays.
       implementation: "pallas" or "reference"; None takes "pallas" on GPUs.
+      scaled: rows come with a scale each (`Box.row_scales`), as float8 ones do; both ways.
     """
 
     role: Literal["attention", "expert"] | None = None
     implementation: Literal["pallas", "reference"] | None = None
+    scaled: bool = False
 
     def playing(self, role: Literal["attention", "expert"]) -> "PushExchange":
         """The same exchange for a program of one role."""
@@ -53,7 +55,7 @@ class PushExchange(Exchange):
           The box that arrived, and the chain for the next exchange. Parts that nobody sent are zeros.
 
         Raises:
-          ValueError: no role, or no mailbox table.
+          ValueError: no role, no mailbox table, or no scales where rows have them.
         """
         if self.role is None or chain.mailbox is None:
             raise ValueError(
@@ -73,7 +75,7 @@ class PushExchange(Exchange):
             plan, chain.mailbox, chain.sequence,
             rows=box.hidden if sends else None,
             counts=box.num_rows if sends else None,
-            columns=self._columns(box) if sends and attention else (),
+            columns=self._columns(box) if sends else (),
             index=box.row_index if sends else None,
             implementation=self._implementation(),
         )  # fmt: skip
@@ -83,22 +85,37 @@ class PushExchange(Exchange):
         box = self.empty_box()
         if pushed.rows is not None and pushed.counts is not None:
             box = dataclasses.replace(box, hidden=pushed.rows, num_rows=pushed.counts)
-        if pushed.columns:
-            weights, ids, slot = pushed.columns
+        columns = list(pushed.columns)
+        if columns and self.scaled:
+            scales = jax.lax.bitcast_convert_type(columns.pop()[..., 0], jnp.float32)
+            box = dataclasses.replace(box, row_scales=scales)
+        if columns:
+            weights, ids, slot = columns
             weights = jax.lax.bitcast_convert_type(weights, jnp.float32)
             box = dataclasses.replace(box, topk_weights=weights, local_idx=ids, slot=slot[..., 0])
         return box, chain
 
     def _message(self, dispatch: bool) -> Message:
         f = self.format
-        k = f.num_experts_per_tok
-        return Message(f.capacity, f.width, f.dtype, (k, k, 1) if dispatch else ())
+        columns = (f.num_experts_per_tok, f.num_experts_per_tok, 1) if dispatch else ()
+        return Message(f.capacity, f.width, f.dtype, columns + (1,) * self.scaled)
 
     def _columns(self, box: Box) -> tuple[jax.Array, ...]:
-        weights = jax.lax.bitcast_convert_type(box.topk_weights.astype(jnp.float32), jnp.int32)
-        return weights, box.local_idx, box.slot[..., None]
+        """Words that go with the rows that this role sends."""
+        columns: tuple[jax.Array, ...] = ()
+        if self.role == "attention":
+            columns = (_words(box.topk_weights), box.local_idx, box.slot[..., None])
+        if self.scaled:
+            if box.row_scales is None:
+                raise ValueError("PushExchange.scaled: expected Box.row_scales beside the rows, got none")
+            columns += (_words(box.row_scales)[..., None],)
+        return columns
 
     def _implementation(self) -> Literal["pallas", "reference"]:
         if self.implementation is not None:
             return self.implementation
         return "pallas" if jax.default_backend() == "gpu" else "reference"
+
+
+def _words(array: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.int32)
