@@ -39,7 +39,7 @@ def grouped_problem(op: str, case: Case, inputs: list[Inputs], weights: tuple[ja
         chosen = scaled_weights(weights)[2:]
     num_in, num_out = (case.model.hidden, case.model.width) if gated else (case.model.width, case.model.hidden)
     arguments = [_arguments(case, i, num_in, scaled) for i in inputs]
-    shape = grouped_shape(arguments[0][0].shape[0], case.model.experts, num_in, num_out)
+    shape = grouped_shape(case.tokens * case.model.k, case.model.experts, num_in, num_out)
     make = functools.partial(_product, gated_grouped_matmul if gated else grouped_matmul)
     meant = np.zeros(shape["rows"], bool)
     for size, start in zip(np.asarray(arguments[0][1]), np.asarray(arguments[0][2]), strict=True):

@@ -18,14 +18,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from device_profile import calls_of, profile
+from device_profile import compile_call, profile_call
 from device_time import relative_error, where
 from expert_ffn_cases import MODELS, Case, make_inputs, make_weights
 
 from jmoe.pallas_kernels.block_table import write_blocks
 
 COMPILING = 6  # candidates compiled at a time
-CALLS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,22 +60,20 @@ class Tried:
 def tune(problem: Problem, around: Callable[[], Any] | None = None) -> list[Tried]:
     """Every candidate, fastest first, those that can't run last."""
 
-    def outputs(function: Callable[..., Any]) -> list[np.ndarray]:
-        return [problem.meant(np.asarray(leaf, np.float32)) for leaf in jax.tree.leaves(jax.jit(function)(*first))]
+    def outputs(program: Callable[..., Any]) -> list[np.ndarray]:
+        return [problem.meant(np.asarray(leaf, np.float32)) for leaf in jax.tree.leaves(program(*problem.inputs[0]))]
 
     timing = threading.Lock()  # others compile meanwhile
-    first = problem.inputs[0]
-    want = outputs(problem.make(None))
+    want = outputs(compile_call(problem.make(None), problem.inputs[0]))
 
     def attempt(blocks: dict[str, int] | None) -> Tried:
         try:
-            function = problem.make(blocks)
-            error = max(relative_error(a, b) for a, b in zip(outputs(function), want, strict=True))
-            if error > 1e-2:
-                return Tried(blocks, None, f"wrong: {error:.1e}")
-            program = calls_of(function, problem.inputs, CALLS)
+            program = compile_call(problem.make(blocks), problem.inputs[0])
             with timing:
-                return Tried(blocks, profile(program, CALLS, repeats=3, around=around).seconds)
+                error = max(relative_error(a, b) for a, b in zip(outputs(program), want, strict=True))
+                if error > 1e-2:
+                    return Tried(blocks, None, f"wrong: {error:.1e}")
+                return Tried(blocks, profile_call(program, problem.inputs, around=around).seconds)
         except Exception as error:  # too much shared memory, a tile that doesn't divide: a line of the report
             return Tried(blocks, None, f"{type(error).__name__}: {str(error).strip()[:80]}")
 

@@ -1,14 +1,19 @@
-"""Block sizes of the grouped products out of the table of measured ones."""
+"""Block sizes of the grouped products: out of the table of measured ones, or else by an estimate."""
 
+import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from jmoe.pallas_kernels.block_table import find_blocks
-from jmoe.pallas_kernels.grouped_matmul import GroupedBlocks
+from jmoe.pallas_kernels.grouped_matmul import SCALED, GroupedBlocks
+
+UNIT = 8  # rows of one tile in shared memory
+LARGEST = {(1, False): 176, (2, False): 168, (1, True): 128, (2, True): 64}  # rows: what the registers hold unspilled
 
 
 def grouped_shape(num_rows: int, num_experts: int, num_in: int, num_out: int) -> dict[str, int]:
-    """The sizes that a choice of blocks depends on, as the table names them; rows as padded by `permute`."""
+    """The sizes that a choice of blocks depends on, as the table names them; rows of all groups, without padding."""
     return {"rows": num_rows, "experts": num_experts, "in": num_in, "out": num_out}
 
 
@@ -20,4 +25,55 @@ def measured_blocks(op: str, dtype: Any, shape: Mapping[str, int]) -> GroupedBlo
     found = find_blocks(op, dtype, shape)
     if found is None or shape["out"] % found["block_out"] or shape["in"] % found["block_in"]:
         return None
-    return GroupedBlocks(**found) if found["block_rows"] <= shape["rows"] else None
+    return GroupedBlocks(**found) if found["block_rows"] <= -(-shape["rows"] // UNIT) * UNIT else None
+
+
+def blocks_for(op: str, dtype: Any, shape: Mapping[str, int]) -> GroupedBlocks:
+    """Measured ones, else `choose_blocks`."""
+    found = measured_blocks(op, dtype, shape)
+    if found is not None:
+        return found
+    parts, small = (2 if op == "gated_grouped_matmul" else 1), dtype.itemsize == 1
+    return choose_blocks(shape["rows"], shape["experts"], shape["out"], parts, small)
+
+
+@functools.cache
+def choose_blocks(num_rows: int, num_experts: int, num_out: int, parts: int, small: bool) -> GroupedBlocks:
+    """The block_rows of least estimated time where rows choose experts evenly; columns that divide.
+
+    Args:
+      num_rows: of all groups; where they are padded, the rows that mean something.
+      num_experts, num_out: of the weights.
+      parts: 2 for gate and up.
+      small: float8.
+    """
+    most = min(LARGEST[parts, small], -(-num_rows // UNIT) * UNIT)
+    sizes = _size_odds(num_rows, num_experts)
+    block_rows = min(range(UNIT, most + 1, UNIT), key=lambda n: _clocks(n, sizes))
+    largest = 128 if small or parts == 2 or block_rows < 96 else 256  # a short sum's blocks of 256 start slowly
+    fitting = [(o, c) for o, c in ((256, 2), (128, 2), (64, 1)) if o <= largest and num_out % o == 0]
+    block_out, consumers = fitting[0]
+    return GroupedBlocks(block_rows, block_out, SCALED if small else 64, None, consumers)
+
+
+def _size_odds(num_rows: int, num_experts: int) -> list[tuple[int, float]]:
+    """(size, odds) of a group that gets each of the rows by a chance of 1 in num_experts (Poisson)."""
+    mean = num_rows / num_experts
+    spread = 6 * math.sqrt(mean) + 6
+    sizes = range(max(1, int(mean - spread)), min(num_rows, int(mean + spread)) + 1)
+    odds = [math.exp(size * math.log(mean) - mean - math.lgamma(size + 1)) for size in sizes]
+    return list(zip(sizes, odds, strict=True))
+
+
+def _clocks(block_rows: int, sizes: list[tuple[int, float]]) -> float:
+    """Of an SM, for 64 columns and 64 terms (float8: 128) of a group, on average.
+
+    A block takes wgmma 2 clocks a row, or shared memory one a row and 64 for the weights, and about 32 of start and end;
+    each further block of a group reads the weights again, out of L2: about 200.
+    """
+    block = max(2 * block_rows, 64 + block_rows) + 32
+    total = 0.0
+    for size, odds in sizes:
+        blocks = -(-size // block_rows)
+        total += odds * (blocks * block + (blocks - 1) * max(0, 200 - block))
+    return total

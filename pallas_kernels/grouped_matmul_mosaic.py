@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jmoe.pallas_kernels.grouped_blocks import UNIT, choose_blocks
 from jmoe.pallas_kernels.grouped_matmul import SCALED, GroupedBlocks
 from jmoe.pallas_kernels.grouped_matmul_threads import copy_words, load_by_row, store_rows
 
@@ -22,7 +23,6 @@ TURNED = plgpu.Layout.WGMMA_TRANSPOSED  # pairs along M: what is stored by rows
 BY_ROW = LAYOUT.reduce(0)
 NUM_SMS = 132
 accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
-UNIT = 8  # rows of one tile in shared memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,20 +67,6 @@ class Product:
         words = (1 + self.blocks.consumers) * 2 * self.num_experts * 4
         fits = (SMEM_BYTES - self.out_bytes - words) // self.stage_bytes
         return min(self.blocks.num_stages or fits, fits)
-
-
-def choose_blocks(rows: int, num_experts: int, num_out: int, parts: int, small: bool) -> GroupedBlocks:
-    """What the table of measured sizes lacks: rows for the average group and three deviations, columns that divide."""
-    average = rows / num_experts
-    wanted = average + 3 * average**0.5
-    block_rows = min([n for n in (8, 16, 32, 48, 64, 96, 128) if n >= wanted] or [128])
-    if small and block_rows > 64:  # above, a second sum a product doesn't fit the registers
-        block_rows = 64
-    block_rows = min(block_rows, -(-rows // UNIT) * UNIT)
-    largest = 128 if parts == 2 or block_rows < 64 else 256  # a short sum's blocks of 256 start slowly
-    fitting = [(o, c) for o, c in ((256, 2), (128, 2), (64, 1)) if o <= largest and num_out % o == 0]
-    block_out, consumers = fitting[0]
-    return GroupedBlocks(block_rows, block_out, SCALED if small else 64, None, consumers)
 
 
 def grouped(
@@ -149,8 +135,10 @@ def _kernel(shape: Product):
     b, stages, parts = shape.blocks, shape.stages, shape.parts
     transforms = _transforms(shape.in_dtype)
     tile = (b.block_out, b.block_in) if shape.small else (b.block_in, b.block_out)
+    body = _body(shape)
+    body.__name__ = "gated_grouped_matmul" if parts == 2 else "grouped_matmul"  # what a profiler shows
     return plgpu.kernel(
-        _body(shape),
+        body,
         out_type=jax.ShapeDtypeStruct((shape.rows, shape.num_out), shape.out_dtype),
         grid=(shape.num_sms,),
         grid_names=("sm",),
