@@ -90,7 +90,7 @@ def profile_call(
       program: launched `rounds` times over all inputs in turn, without waiting in between.
       inputs: argument tuples, together larger than L2.
       around: makes a context manager that the device work stands in.
-      before_products, behind_products: words of the names of kernels that are not products.
+      before_products, behind_products: how the names of kernels that are not products start.
 
     Returns:
       outputs: of the first input, from the first and the last round. kernels: the sum of each name's launches of one
@@ -137,8 +137,8 @@ def profile_call(
 
 
 def _products(call: list[tuple[float, float, str]], before: Sequence[str], behind: Sequence[str]) -> float:
-    ends = [start + length for start, length, name in call if any(word in name for word in before)]
-    others = [start + length for start, length, name in call if not any(word in name for word in (*before, *behind))]
+    ends = [start + length for start, length, name in call if name.startswith(tuple(before))]
+    others = [start + length for start, length, name in call if not name.startswith((*before, *behind))]
     return max(others, default=call[0][0]) - max(ends, default=call[0][0])
 
 

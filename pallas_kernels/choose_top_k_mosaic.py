@@ -21,6 +21,7 @@ def choose_rows(logits: jax.Array, k: int, renormalize: bool) -> tuple[jax.Array
     warps = BLOCK_THREADS // WARP
 
     def choose_top_k(*refs):
+        simt.follow()
         simt.program(_program(tokens, num_experts, k, renormalize, logits.dtype), *refs)
 
     idx, weights = plgpu.kernel(

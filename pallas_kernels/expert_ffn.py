@@ -113,7 +113,7 @@ def _pallas(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj):
     back = blocks_for("grouped_matmul", x.dtype, grouped_shape(pairs, num_experts, width, hidden_size))
     hidden = gated_grouped_matmul(x, gate_proj, up_proj, sizes, rows_scales=permuted.scales, blocks=wide, **groups)
     hidden, scales = quantize_rows_pallas(hidden) if scaled else (hidden, None)
-    out = grouped_matmul(hidden, down_proj, sizes, rows_scales=scales, blocks=back, **groups)
+    out = grouped_matmul(hidden, down_proj, sizes, rows_scales=scales, blocks=back, older_groups=True, **groups)
     return unpermute(out, permuted.positions, topk_weights, implementation="pallas")
 
 

@@ -68,8 +68,8 @@ def _size_odds(num_rows: int, num_experts: int) -> list[tuple[int, float]]:
 def _clocks(block_rows: int, sizes: list[tuple[int, float]]) -> float:
     """Of an SM, for 64 columns and 64 terms (float8: 128) of a group, on average.
 
-    A block takes wgmma 2 clocks a row, or shared memory one a row and 64 for the weights, and about 32 of start and end;
-    each further block of a group reads the weights again, out of L2: about 200.
+    A block takes wgmma 2 clocks a row, or shared memory one a row and 64 for the weights, and about 32 of start and
+    end; each further block of a group reads the weights again, out of L2: about 200.
     """
     block = max(2 * block_rows, 64 + block_rows) + 32
     total = 0.0
