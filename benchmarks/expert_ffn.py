@@ -225,12 +225,15 @@ def main(argv: list[str] | None = None, around: Callable[[], Any] | None = None)
     args = parse(argv)
     results = []
     with concurrent.futures.ThreadPoolExecutor(COMPILING) as pool:
-        programs = {case: prepare(case, args, pool) for model in args.models for case in cases(args, model)}
+        programs = {}  # of a case and its other routings
+        for case in (case for model in args.models for case in cases(args, model)):
+            if case.shape not in programs:
+                programs[case.shape] = prepare(case, args, pool)
         found = ceilings(around) if jax.default_backend() == "gpu" else NO_CEILINGS
         print(where(), {name: f"{value / 1e12:.3g}e12" for name, value in found.items()}, file=sys.stderr, flush=True)
         for model in args.models:
             for setting in settings(model, args, found, around):
-                for result in measure(setting, programs.pop(setting.case), args):
+                for result in measure(setting, programs[setting.case.shape], args):
                     results.append(result)
                     print(table([result]).splitlines()[-1], file=sys.stderr, flush=True)
                     write_json(args.json, found, results)

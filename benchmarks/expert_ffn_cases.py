@@ -46,6 +46,11 @@ class Case:
     def model(self) -> Model:
         return MODELS[self.model_name]
 
+    @property
+    def shape(self) -> tuple[str, int, str]:
+        """What a compiled program depends on."""
+        return self.model_name, self.tokens, self.dtype
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:

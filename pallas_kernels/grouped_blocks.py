@@ -9,6 +9,7 @@ from jmoe.pallas_kernels.block_table import find_blocks
 from jmoe.pallas_kernels.grouped_matmul import SCALED, GroupedBlocks
 
 UNIT = 8  # rows of one tile in shared memory
+NUM_SMS = 132
 LARGEST = {(1, False): 176, (2, False): 168, (1, True): 128, (2, True): 64}  # rows: what the registers hold unspilled
 
 
@@ -34,26 +35,33 @@ def blocks_for(op: str, dtype: Any, shape: Mapping[str, int]) -> GroupedBlocks:
     if found is not None:
         return found
     parts, small = (2 if op == "gated_grouped_matmul" else 1), dtype.itemsize == 1
-    return choose_blocks(shape["rows"], shape["experts"], shape["out"], parts, small)
+    return choose_blocks(shape["rows"], shape["experts"], shape["in"], shape["out"], parts, small)
 
 
 @functools.cache
-def choose_blocks(num_rows: int, num_experts: int, num_out: int, parts: int, small: bool) -> GroupedBlocks:
-    """The block_rows of least estimated time where rows choose experts evenly; columns that divide.
+def choose_blocks(num_rows: int, num_experts: int, num_in: int, num_out: int, parts: int, small: bool) -> GroupedBlocks:
+    """The block_rows of least estimated time where rows choose experts evenly; columns that fill the last wave.
 
     Args:
       num_rows: of all groups; where they are padded, the rows that mean something.
-      num_experts, num_out: of the weights.
+      num_experts, num_in, num_out: of the weights.
       parts: 2 for gate and up.
       small: float8.
     """
-    most = min(LARGEST[parts, small], -(-num_rows // UNIT) * UNIT)
     sizes = _size_odds(num_rows, num_experts)
+    wide = parts == 1 and not small and num_rows >= 512 * num_experts and num_out % 256 == 0
+    most = min(128 if wide else LARGEST[parts, small], -(-num_rows // UNIT) * UNIT)
     block_rows = min(range(UNIT, most + 1, UNIT), key=lambda n: _clocks(n, sizes))
-    largest = 128 if small or parts == 2 or block_rows < 96 else 256  # a short sum's blocks of 256 start slowly
-    fitting = [(o, c) for o, c in ((256, 2), (128, 2), (64, 1)) if o <= largest and num_out % o == 0]
-    block_out, consumers = fitting[0]
-    return GroupedBlocks(block_rows, block_out, SCALED if small else 64, None, consumers)
+    if wide:  # many rows an expert: each row tile is read for fewer tiles of columns
+        return GroupedBlocks(block_rows, 256, 64, None, 2)
+    narrow = GroupedBlocks(block_rows, 64, SCALED if num_in % SCALED == 0 else 64, None, 1)
+    if num_out % 128:
+        return narrow
+    broad = GroupedBlocks(block_rows, 128, SCALED if small else 64, None, 2)
+    blocks = num_experts * sum(odds * -(-size // block_rows) for size, odds in sizes)
+    items = [blocks * num_out / b.block_out for b in (broad, narrow)]
+    shares = [n / (n + NUM_SMS / 2) for n in items]  # the last wave is half empty on average
+    return narrow if block_rows <= 64 and shares[1] > shares[0] + 0.1 else broad
 
 
 def _size_odds(num_rows: int, num_experts: int) -> list[tuple[int, float]]:

@@ -13,13 +13,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jmoe.pallas_kernels.grouped_blocks import UNIT, choose_blocks
+from jmoe.pallas_kernels.grouped_blocks import NUM_SMS, UNIT, choose_blocks
 from jmoe.pallas_kernels.grouped_items import Groups, Item
 from jmoe.pallas_kernels.grouped_matmul import SCALED, GroupedBlocks
 from jmoe.pallas_kernels.grouped_multiply import HALF, Multiplier
 
 SMEM_BYTES = 225 * 1024  # of 227, the rest for barriers and alignment
-NUM_SMS = 132
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +92,7 @@ def grouped(
     scales = [w.scales for w in weights] if small else []
     num_experts, num_in, num_out = values[0].shape[0], rows.shape[1], values[0].shape[1 if small else 2]
     if blocks is None:
-        blocks = choose_blocks(rows.shape[0], num_experts, num_out, len(weights), small)
+        blocks = choose_blocks(rows.shape[0], num_experts, num_in, num_out, len(weights), small)
     num_rows = -(-rows.shape[0] // UNIT) * UNIT
     shape = Product(
         num_rows,
