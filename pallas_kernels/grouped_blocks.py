@@ -10,7 +10,8 @@ from jmoe.pallas_kernels.grouped_matmul import SCALED, GroupedBlocks
 
 UNIT = 8  # rows of one tile in shared memory
 NUM_SMS = 132
-LARGEST = {(1, False): 176, (2, False): 168, (1, True): 128, (2, True): 64}  # rows: what the registers hold unspilled
+LARGEST = {(1, False): 152, (2, False): 168, (1, True): 128, (2, True): 120}  # rows: what the registers hold unspilled,
+# and shared memory three stages of
 
 
 def grouped_shape(num_rows: int, num_experts: int, num_in: int, num_out: int) -> dict[str, int]:
@@ -49,15 +50,15 @@ def choose_blocks(num_rows: int, num_experts: int, num_in: int, num_out: int, pa
       small: float8.
     """
     sizes = _size_odds(num_rows, num_experts)
-    wide = parts == 1 and not small and num_rows >= 512 * num_experts and num_out % 256 == 0
-    most = min(128 if wide else LARGEST[parts, small], -(-num_rows // UNIT) * UNIT)
+    most = min(LARGEST[parts, small], -(-num_rows // UNIT) * UNIT)
     block_rows = min(range(UNIT, most + 1, UNIT), key=lambda n: _clocks(n, sizes))
-    if wide:  # many rows an expert: each row tile is read for fewer tiles of columns
-        return GroupedBlocks(block_rows, 256, 64, None, 2)
+    depth = SCALED if small else 64
+    if parts == 1 and num_out % 256 == 0 and (block_rows >= 72 or (num_in <= 2048 and block_rows <= 32)):
+        return GroupedBlocks(block_rows, 256, depth, None, 2)  # many rows: fewer reads of them; short sums: fewer items
     narrow = GroupedBlocks(block_rows, 64, SCALED if num_in % SCALED == 0 else 64, None, 1)
     if num_out % 128:
         return narrow
-    broad = GroupedBlocks(block_rows, 128, SCALED if small else 64, None, 2)
+    broad = GroupedBlocks(block_rows, 128, depth, None, 2)
     blocks = num_experts * sum(odds * -(-size // block_rows) for size, odds in sizes)
     items = [blocks * num_out / b.block_out for b in (broad, narrow)]
     shares = [n / (n + NUM_SMS / 2) for n in items]  # the last wave is half empty on average
