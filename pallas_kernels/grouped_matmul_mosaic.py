@@ -132,8 +132,9 @@ def _check_blocks(shape: Product) -> None:
     )
     if not fits or shape.stages < 2:
         raise ValueError(
-            f"grouped_matmul: expected block_rows a multiple of 8 up to min(256 (float8: 128), rows), block_out a multiple of 64 a "
-            f"consumer that divides out, block_in one of {SCALED if shape.small else 64} that divides in, two stages "
+            f"grouped_matmul: expected block_rows a multiple of 8 up to min({SCALED if shape.small else 256}, rows), "
+            f"block_out a multiple of 64 a consumer that divides out, block_in one of {SCALED if shape.small else 64} "
+            f"that divides in, two stages "
             f"of shared memory at least; got {b} for rows {shape.rows}, in {shape.num_in}, out {shape.num_out}"
         )
 
