@@ -69,7 +69,7 @@ def compile_call(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
     Returns:
       The compiled program, to be called with arrays.
     """
-    options = {"xla_gpu_graph_min_graph_size": 1} if jax.default_backend() == "gpu" else None
+    options: Any = {"xla_gpu_graph_min_graph_size": 1} if jax.default_backend() == "gpu" else None
     with TRACING:
         lowered = jax.jit(function).lower(*arguments)
     return lowered.compile(compiler_options=options)
@@ -98,19 +98,7 @@ def profile_call(
       end of the last kernel of `before_products` to the end of the last that is of neither kind.
     """
     with around() if around is not None else contextlib.nullcontext():
-        jax.block_until_ready([program(*inputs[0]), program(*inputs[-1])])
-        options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = options.host_tracer_level = 0  # a trace of the host takes a second to write
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder, profiler_options=options):
-                outputs, last = [], None
-                for number in range(rounds):
-                    for n, arguments in enumerate(inputs):
-                        last = program(*arguments)
-                        if n == 0 and number in (0, rounds - 1):
-                            outputs.append(last)
-                jax.block_until_ready((outputs, last))
-            events = sorted(_events(folder))
+        outputs, events = _launch(program, inputs, rounds)
     calls = rounds * len(inputs)
     if len(events) % calls:
         raise ValueError(
@@ -123,17 +111,27 @@ def profile_call(
         call = events[first : first + each]
         spans.append(max(start + length for start, length, _ in call) - call[0][0])
         products.append(_products(call, before_products, behind_products))
-        total = collections.Counter()
-        for _, length, name in call:
-            total[name] += length
-        for name, length in total.items():
-            kernels[name].append(length)
-    return Profile(
-        statistics.median(spans) / 1e9,
-        {name: statistics.median(lengths) / 1e9 for name, lengths in kernels.items()},
-        outputs,
-        statistics.median(products) / 1e9,
-    )
+        for name in {name for _, _, name in call}:
+            kernels[name].append(sum(length for _, length, other in call if other == name))
+    medians = {name: statistics.median(lengths) / 1e9 for name, lengths in kernels.items()}
+    return Profile(statistics.median(spans) / 1e9, medians, outputs, statistics.median(products) / 1e9)
+
+
+def _launch(program: Any, inputs: Sequence[tuple[Any, ...]], rounds: int) -> tuple[list[Any], list[Any]]:
+    """Outputs of the first input from the first and the last round, and the events of all rounds in their order."""
+    jax.block_until_ready([program(*inputs[0]), program(*inputs[-1])])
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = options.host_tracer_level = 0  # a trace of the host takes a second to write
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            outputs, last = [], None
+            for number in range(rounds):
+                for n, arguments in enumerate(inputs):
+                    last = program(*arguments)
+                    if n == 0 and number in (0, rounds - 1):
+                        outputs.append(last)
+            jax.block_until_ready((outputs, last))
+        return outputs, sorted(_events(folder))
 
 
 def _products(call: list[tuple[float, float, str]], before: Sequence[str], behind: Sequence[str]) -> float:

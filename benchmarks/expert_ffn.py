@@ -104,7 +104,9 @@ class Setting:
 COMPILING = 8  # programs at a time
 BEFORE = ("permute_rows", "count_pairs", "place_pairs", "copy_rows")  # kernels of ours beside the products
 BEHIND = ("unpermute",)
-NO_CEILINGS = dict.fromkeys(("read_bytes_per_s", "bf16_flops", "fp8_flops"), float("nan"))  # a CPU says no percent
+NO_CEILINGS: dict[str, float] = dict.fromkeys(
+    ("read_bytes_per_s", "bf16_flops", "fp8_flops"), float("nan")
+)  # a CPU says no percent
 
 
 def measure_jax(setting: Setting, name: str, program: Any) -> Result:
@@ -204,7 +206,8 @@ def settings(name: str, args: argparse.Namespace, found: dict[str, float], aroun
             truths[drawn] = truth(inputs[0], weights)
         floor_us = floor_of(case, inputs, found) * 1e6
         blank = Result(name, case.tokens, case.dtype, case.routing, active_experts(inputs), floor_us, "")
-        yield Setting(case, inputs, weights, scaled, *truths[drawn], blank, around)
+        sampled, want = truths[drawn]
+        yield Setting(case, inputs, weights, scaled, sampled, want, blank, around)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

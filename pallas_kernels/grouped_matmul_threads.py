@@ -69,8 +69,8 @@ def find_expert(num_experts: int, words: Any, item: jax.Array) -> Any:
     result = plgpu.ShapeDtypeStruct((), jnp.int32, layout=splat)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), splat), return_type=result)
-    def inlined(_ctx, words_s, value):
-        item, lane = simt.Word(value.registers.flat[0]), simt.thread() % simt.WARP
+    def inlined(_ctx, words_s, *values):
+        item, lane = simt.Word(values[0].registers.flat[0]), simt.thread() % simt.WARP
         pointer, passed = simt.Pointer.of(words_s), simt.word(0)
         for start in range(1, num_experts + 1, simt.WARP):
             expert = lane + start
