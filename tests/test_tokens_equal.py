@@ -95,7 +95,9 @@ def test_bounded_capacity_is_counted(monkeypatch):
         routes = route_rows(topk_idx, topk_weights, valid, spread, placement, capacity)
         few = jnp.minimum(routes.num_rows, 2)
         position = jnp.where(routes.position < 2, routes.position, -1)
-        return dataclasses.replace(routes, num_rows=few, position=position, num_dropped=jnp.sum(routes.num_rows - few))
+        return dataclasses.replace(
+            routes, num_rows=few, position=position, num_dropped=jnp.sum(routes.num_rows - few)
+        )
 
     monkeypatch.setattr(role_programs, "route_rows", cramped)
     _, results = generate(runtime_of(cell).run, cell, random_prompts(AWKWARD), 2)
