@@ -25,11 +25,11 @@ def candidates(case: Case, num_in: int, num_out: int, parts: int) -> list[dict[s
     beside = (n for n in (96, 120, 128, 144, 152) if average > 64 and n <= 2 * average)
     splits = [(128, 64, 2), (256, 64, 2)] if not small else [(128, 128, 2), (256, 128, 2)]
     if average <= 64:
-        splits += [(64, 128, 1), (64, 256, 1), (128, 256, 2)] if small else [(64, 128, 1)]
+        splits += [(64, 128, 1)]
     found = []
     for n, (out, depth, consumers) in itertools.product(sorted({chosen.block_rows, *beside}), splits):
         sums = parts * n * out // (64 * consumers)  # floats of a thread, times 2
-        fits = sums <= (256 if small else 352) and not (small and n > (120 if parts == 2 else 128))
+        fits = sums <= (192 if small else 352)
         if num_out % out == 0 and num_in % depth == 0 and (parts == 1 or out < 256 or n <= 32) and fits:
             found.append({"block_rows": n, "block_out": out, "block_in": depth, "consumers": consumers})
     same = {"block_rows": chosen.block_rows, "block_out": chosen.block_out, "block_in": chosen.block_in}

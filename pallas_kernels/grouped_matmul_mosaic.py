@@ -61,7 +61,7 @@ class Product:
 
     @property
     def stages(self) -> int:
-        words = (1 + self.blocks.consumers) * 3 * (self.num_experts + 1) * 4 + self.blocks.consumers * 2 * SCALED * 4
+        words = (1 + self.blocks.consumers) * 3 * (self.num_experts + 1) * 4
         fits = (SMEM_BYTES - self.out_bytes - words) // self.stage_bytes
         return min(self.blocks.num_stages or fits, fits)
 
@@ -124,17 +124,17 @@ def _check_blocks(shape: Product) -> None:
     b = shape.blocks
     fits = (
         b.block_rows % 8 == 0
-        and 8 <= b.block_rows <= min(SCALED if shape.small else 256, shape.rows)
+        and 8 <= b.block_rows <= min(256, shape.rows)
         and shape.num_out % b.block_out == 0
         and b.block_out % (64 * b.consumers) == 0
         and shape.num_in % b.block_in == 0
         and b.block_in % (SCALED if shape.small else 64) == 0
+        and (not shape.small or b.block_in == SCALED)
     )
     if not fits or shape.stages < 2:
         raise ValueError(
-            f"grouped_matmul: expected block_rows a multiple of 8 up to min({SCALED if shape.small else 256}, rows), "
-            f"block_out a multiple of 64 a consumer that divides out, block_in one of {SCALED if shape.small else 64} "
-            f"that divides in, two stages "
+            f"grouped_matmul: expected block_rows a multiple of 8 up to min(256, rows), block_out a multiple of 64 a "
+            f"consumer that divides out, block_in one of {SCALED if shape.small else 64} that divides in, two stages "
             f"of shared memory at least; got {b} for rows {shape.rows}, in {shape.num_in}, out {shape.num_out}"
         )
 
@@ -158,7 +158,6 @@ def _kernel(shape: Product):
             plgpu.SMEM((stages, b.block_rows, b.block_in), shape.in_dtype, transforms=transforms),
             plgpu.SMEM((b.consumers, b.block_rows, HALF), shape.out_dtype, transforms=shape.out_transforms),
             plgpu.SMEM((1 + b.consumers, 3, shape.num_experts + 1), jnp.int32),
-            plgpu.SMEM((b.consumers, 2, SCALED if shape.small else 1), jnp.float32),
             plgpu.Barrier(num_arrivals=1 + parts, num_barriers=stages),
             plgpu.Barrier(num_arrivals=b.consumers, num_barriers=stages),
         ],
@@ -177,7 +176,7 @@ def _body(shape: Product):
 
     def body(
         rows_g, gate_g, up_g, sizes_g, starts_g, row_weights_g, rows_scales_g, gate_scales_g, up_scales_g, out_g,
-        weights_s, rows_s, out_s, words_s, factors_s, full, free,
+        weights_s, rows_s, out_s, words_s, full, free,
     ):  # fmt: skip
         block, role = lax.axis_index("sm"), lax.axis_index("wg")
         words = None if shape.interpret else words_s.at[role]
@@ -246,7 +245,7 @@ def _body(shape: Product):
             groups.line_up()
             scales = (rows_scales_g, (gate_scales_g, up_scales_g)[:parts])
             multiplier = Multiplier(
-                shape, role - 1, steps, weights_s, rows_s, out_s, factors_s, full, free, row_weights_g, scales, out_g
+                shape, role - 1, steps, weights_s, rows_s, out_s, full, free, row_weights_g, scales, out_g
             )
             groups.walk(block, shape.num_sms, steps, multiplier.visit)
             plgpu.wait_smem_to_gmem(0)

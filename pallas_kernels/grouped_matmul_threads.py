@@ -117,27 +117,6 @@ def load_by_row(source: Any, num_rows: int, first: jax.Array, column: jax.Array)
     return inlined(source, first, column)
 
 
-def fetch_factors(source: Any, num_rows: int, first: jax.Array, column: jax.Array) -> Any:
-    """source[first + n, column] for thread n of a warpgroup, n < num_rows: `[128]`, the last one again behind them."""
-    splat = plgpu.Layout.WG_SPLAT(())
-    layout = plgpu.Layout.WG_STRIDED((simt.BLOCK_THREADS,), vec_size=1)
-    result = plgpu.ShapeDtypeStruct((simt.BLOCK_THREADS,), jnp.float32, layout=layout)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), splat, splat), return_type=result)
-    def inlined(_ctx, source_g, *values):
-        first, column = (simt.Word(value.registers.flat[0]) for value in values)
-        row = (_thread() < num_rows).select(_thread(), num_rows - 1)
-        pointer = simt.Pointer.of(source_g).skip(first + row, source_g.type.shape[1] * 4)
-        f32 = ir.F32Type.get()
-        to = layout.to_mgpu()
-        registers = np.empty(to.registers_shape((simt.BLOCK_THREADS,)), dtype=object)
-        found = llvm.load(f32, pointer.at(column, f32), alignment=4)
-        registers.flat[0] = vector.from_elements(ir.VectorType.get((1,), f32), [found])
-        return fragmented_array.FragmentedArray(_registers=registers, _layout=to, _is_signed=None)
-
-    return inlined(source, first, column)
-
-
 def store_rows(tile: Any, target: Any, transforms: Any, num_columns: int, *scalars: jax.Array) -> None:
     """target[first + n, column : column + num_columns] = tile[n] for n in skipped .. skipped + meant - 1.
 

@@ -1,7 +1,6 @@
 """What a warpgroup of the grouped products' kernel does with one item: wgmma, SwiGLU, the rows' weights, out."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels.grouped_items import Item
 from jmoe.pallas_kernels.grouped_matmul import SCALED
-from jmoe.pallas_kernels.grouped_matmul_threads import fetch_factors, load_by_row, store_rows
+from jmoe.pallas_kernels.grouped_matmul_threads import load_by_row, store_rows
 
 LAYOUT = plgpu.Layout.WGMMA
 TURNED = plgpu.Layout.WGMMA_TRANSPOSED  # pairs along M: what is stored by rows
@@ -29,7 +28,7 @@ class Multiplier:
       own: number of this consumer.
       steps: of an item.
       weights_s, rows_s, full, free: the stages of the pipeline.
-      out_s: `[consumers, block_rows, HALF]`; factors_s: `[consumers, 2, 128]` float32, for float8 alone.
+      out_s: `[consumers, block_rows, HALF]`.
       row_weights_g, out_g: in global memory; scales: (rows' scales, of each part the weights' scales).
     """
 
@@ -39,7 +38,6 @@ class Multiplier:
     weights_s: Any
     rows_s: Any
     out_s: Any
-    factors_s: Any
     full: Any
     free: Any
     row_weights_g: Any
@@ -111,65 +109,38 @@ class Multiplier:
     def _scaled_products(self, item: Item) -> tuple[Any, ...]:
         """The same; every 128 terms are summed by themselves and scaled: wgmma's float8 sums keep few bits."""
         stages, b = jnp.int32(self.shape.stages), self.shape.blocks
-        size, sums, parts_of_step = (HALF, b.block_rows), self._sums(), b.block_in // SCALED
+        size, sums = (HALF, b.block_rows), self._sums()
+        by_row_g, by_block_g = self.scales
         first = item.tile * b.block_out + self.own * self.shape.share
-        at_once = len(sums) if len(sums) * b.block_rows <= 128 else 1  # sums beside their totals in the registers
+        at_once = len(sums) if len(sums) * b.block_rows <= 160 else 1  # sums beside their totals in the registers
 
-        def by_block(k):
-            """Of 128 terms: of each sum the weights' scale."""
-            sources = self.scales[1]
-            return tuple(sources[part][item.expert, lax.div(first + half * HALF, SCALED), k] for part, half in sums)
+        def factors(k):
+            """Of a step: by row, and of each sum the weights' block."""
+            blocks = [by_block_g[part][item.expert, lax.div(first + half * HALF, SCALED), k] for part, half in sums]
+            return self._factors(by_row_g, item.first, k), *blocks
 
-        def add(k, slot, sub, totals, ahead, last):
-            """One block of 128 terms; `ahead`: what was asked for a block before, so that nobody waits for it."""
-            by_row, blocks = self._hand_round(ahead[0], k, item.first), ahead[1]
-            following = jnp.minimum(k + 1, self.steps * parts_of_step - 1)
-            ahead = self._fetch(item.first, following), by_block(following)
+        def step(k, state):
+            totals, (by_row, *by_block) = state
+            ahead = factors(jnp.minimum(k + 1, self.steps - 1))  # asked for a step before they are needed
+            slot = lax.rem(item.step + k, stages)
+            plgpu.barrier_wait(self.full.at[slot])
             new = []
             for start in range(0, len(sums), at_once):
 
                 def product(*accs, start=start):
                     for (part, half), acc in zip(sums[start:], accs, strict=False):
-                        terms = pl.ds(sub * SCALED, SCALED)
-                        rows = self.rows_s.at[slot, :, terms].T
-                        plgpu.wgmma(acc, self._side(slot, part, half).at[:, terms], rows)
+                        plgpu.wgmma(acc, self._side(slot, part, half), self.rows_s.at[slot].T)
                     return tuple(acc[...] for acc in accs)
 
                 found: Any = pl.run_scoped(product, *[accumulator(size, jnp.float32)] * at_once)
-                if last and start + at_once == len(sums):
+                if start + at_once == len(sums):
                     plgpu.barrier_arrive(self.free.at[slot])
                 for n, product_sum in enumerate(found, start):
-                    factor = by_row() * blocks[n]
-                    new.append(totals[n] + product_sum * lax.broadcast_in_dim(factor, size, (1,)))
+                    new.append(totals[n] + product_sum * lax.broadcast_in_dim(by_row * by_block[n], size, (1,)))
             return tuple(new), ahead
 
-        def step(k, state):
-            slot = lax.rem(item.step + k, stages)
-            plgpu.barrier_wait(self.full.at[slot])
-            for sub in range(parts_of_step):
-                state = add(k * parts_of_step + sub, slot, sub, *state, last=sub == parts_of_step - 1)
-            return state
-
         none = plgpu.layout_cast(jnp.zeros(size, jnp.float32), LAYOUT)
-        start = (none,) * len(sums), (self._fetch(item.first, jnp.int32(0)), by_block(0))
-        return lax.fori_loop(0, self.steps, step, start)[0]
-
-    def _fetch(self, first: Any, k: Any) -> Any:
-        """The rows' scales of block k, one a thread; the interpreter's at once."""
-        source, rows = self.scales[0], self.shape.blocks.block_rows
-        return k if self.shape.interpret else fetch_factors(source, rows, first, k)
-
-    def _hand_round(self, fetched: Any, k: Any, first: Any) -> Callable[[], Any]:
-        """Puts what was fetched into shared memory; returns how to take it as a factor of each row, for a moment only.
-
-        Held all the time it would take a quarter of a register a row.
-        """
-        if self.shape.interpret:
-            return lambda: self._factors(self.scales[0], first, k)
-        target = self.factors_s.at[self.own, lax.rem(k, jnp.int32(2))]
-        target[...] = fetched
-        cells = target.at[pl.ds(0, self.shape.blocks.block_rows)]
-        return lambda: plgpu.load(cells, layout=BY_ROW, optimized=False)  # pyright: ignore[reportCallIssue]
+        return lax.fori_loop(0, self.steps, step, ((none,) * len(sums), factors(0)))[0]
 
     def _store(self, item: Item, column: Any) -> None:
         """The tile in out_s to rows of the group and columns from `column` on."""
