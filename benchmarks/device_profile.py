@@ -6,12 +6,15 @@ import dataclasses
 import glob
 import statistics
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from device_time import _calls
+
+TRACING = threading.Lock()  # Python's part of a compilation: taken in turn, so that the first is done first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Profile:
     seconds: float
     kernels: dict[str, float]
     outputs: Any  # of every call of the last run
+    products: float | None = None  # see `profile_call`
 
 
 def calls_of(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], calls: int) -> Callable[[], Any]:
@@ -56,13 +60,93 @@ def profile(
     return Profile(statistics.median(spans) / 1e9, each, outputs)
 
 
+def compile_call(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    """One call as a program of its own, on a GPU one CUDA graph: several may be compiled in threads of their own.
+
+    Args:
+      function: traceable; arguments: arrays, or their ShapeDtypeStructs.
+
+    Returns:
+      The compiled program, to be called with arrays.
+    """
+    options: Any = {"xla_gpu_graph_min_graph_size": 1} if jax.default_backend() == "gpu" else None
+    with TRACING:
+        lowered = jax.jit(function).lower(*arguments)
+    return lowered.compile(compiler_options=options)
+
+
+def profile_call(
+    program: Any,
+    inputs: Sequence[tuple[Any, ...]],
+    *,
+    rounds: int = 3,
+    around: Callable[[], Any] | None = None,
+    before_products: Sequence[str] = (),
+    behind_products: Sequence[str] = (),
+) -> Profile:
+    """Device time of one call of `compile_call`: its first kernel's start to its last one's end, median.
+
+    Args:
+      program: launched `rounds` times over all inputs in turn, without waiting in between.
+      inputs: argument tuples, together larger than L2.
+      around: makes a context manager that the device work stands in.
+      before_products, behind_products: how the names of kernels that are not products start.
+
+    Returns:
+      outputs: of the first input, from the first and the last round. kernels: the sum of each name's launches of one
+      call, median; a kernel that is launched early (programmatic dependent launch) counts its wait. products: from the
+      end of the last kernel of `before_products` to the end of the last that is of neither kind.
+    """
+    with around() if around is not None else contextlib.nullcontext():
+        outputs, events = _launch(program, inputs, rounds)
+    calls = rounds * len(inputs)
+    if len(events) % calls:
+        raise ValueError(
+            f"device_profile: expected as many kernels from each of {calls} calls, got {len(events)}: "
+            f"{collections.Counter(name for _, _, name in events)}"
+        )
+    each = len(events) // calls
+    spans, products, kernels = [], [], collections.defaultdict(list)
+    for first in range(0, len(events), each):
+        call = events[first : first + each]
+        spans.append(max(start + length for start, length, _ in call) - call[0][0])
+        products.append(_products(call, before_products, behind_products))
+        for name in {name for _, _, name in call}:
+            kernels[name].append(sum(length for _, length, other in call if other == name))
+    medians = {name: statistics.median(lengths) / 1e9 for name, lengths in kernels.items()}
+    return Profile(statistics.median(spans) / 1e9, medians, outputs, statistics.median(products) / 1e9)
+
+
+def _launch(program: Any, inputs: Sequence[tuple[Any, ...]], rounds: int) -> tuple[list[Any], list[Any]]:
+    """Outputs of the first input from the first and the last round, and the events of all rounds in their order."""
+    jax.block_until_ready([program(*inputs[0]), program(*inputs[-1])])
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = options.host_tracer_level = 0  # a trace of the host takes a second to write
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            outputs, last = [], None
+            for number in range(rounds):
+                for n, arguments in enumerate(inputs):
+                    last = program(*arguments)
+                    if n == 0 and number in (0, rounds - 1):
+                        outputs.append(last)
+            jax.block_until_ready((outputs, last))
+        return outputs, sorted(events_of(folder))
+
+
+def _products(call: list[tuple[float, float, str]], before: Sequence[str], behind: Sequence[str]) -> float:
+    ends = [start + length for start, length, name in call if name.startswith(tuple(before))]
+    others = [start + length for start, length, name in call if not name.startswith((*before, *behind))]
+    return max(others, default=call[0][0]) - max(ends, default=call[0][0])
+
+
 def ceilings(around: Callable[[], Any] | None = None) -> dict[str, float]:
     """As `device_time.ceilings`, on the device's clock: `read_bytes_per_s`, `bf16_flops`, `fp8_flops`.
 
     Products of normal random operands: a GPU's clock depends on how many bits flip.
     """
     big = [(jnp.full((1 << 28,), i, jnp.float32),) for i in range(2)]
-    found = {"read_bytes_per_s": 4 * (1 << 28) / profile(calls_of(jnp.sum, big, 4), 4, around=around).seconds}
+    found = {"read_bytes_per_s": 4 * (1 << 28) / _seconds(jnp.sum, big, around)}
     del big
     size = 8192
 
@@ -72,9 +156,12 @@ def ceilings(around: Callable[[], Any] | None = None) -> dict[str, float]:
     for name, dtype in (("bf16_flops", jnp.bfloat16), ("fp8_flops", jnp.float8_e4m3fn)):
         keys = [jax.random.key(seed, impl="rbg") for seed in range(4)]
         a, b, c, d = (jax.random.normal(k, (size, size), jnp.float32).astype(dtype) for k in keys)
-        seconds = profile(calls_of(product, [(a, b), (c, d)], 8), 8, around=around).seconds
-        found[name] = 2 * size**3 / seconds
+        found[name] = 2 * size**3 / _seconds(product, [(a, b), (c, d)], around)
     return found
+
+
+def _seconds(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], around: Any) -> float:
+    return profile_call(compile_call(function, inputs[0]), inputs, around=around).seconds
 
 
 def events_of(folder: str) -> list[tuple[float, float, str]]:

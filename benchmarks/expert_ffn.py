@@ -6,10 +6,10 @@
 
 "%" is floor over time, the floor being max(bytes of the active experts' weights and scales and of the rows in and out
 over the read bandwidth, 6 * pairs * D * F over the product rate), both measured in the same run. Whole FFN: permute,
-grouped products, SwiGLU, combine. Products: the grouped products alone, rows already permuted. Error: relative, against
-float64 of the bf16 weights at sampled rows. "same" says whether two calls gave the same bits. jax programs are timed on
-the device by the profiler (a program of calls in a row, gaps between launches included), torch by CUDA graph replay,
-both over rotating inputs, medians. --json also holds each kernel's time.
+grouped products, SwiGLU, combine. Products: from the end of our permute to the end of the second product. Error:
+relative, against float64 of the bf16 weights at sampled rows. "same" says whether two calls gave the same bits. jax
+programs are timed on the device by the profiler (each call one CUDA graph, from its first kernel's start to its last
+one's end), torch by CUDA graph replay, both over rotating inputs, medians. --json also holds each kernel's time.
 """
 
 import argparse
@@ -26,15 +26,15 @@ from typing import Any
 import expert_ffn_peers as peers
 import jax
 import numpy as np
-from device_profile import calls_of, ceilings, profile
+from device_profile import ceilings, compile_call, profile_call
 from device_time import relative_error, where
 from expert_ffn_cases import (
     MODELS,
-    NUM_ROTATING,
     ROUTINGS,
     Case,
     Inputs,
     active_experts,
+    call_shapes,
     floor_of,
     make_inputs,
     make_weights,
@@ -101,25 +101,28 @@ class Setting:
         return [(i.rows, i.local_idx, i.topk_weights, *weights) for i in self.inputs]
 
 
-COMPILING = 12  # programs at a time
-OVERHEAD = ("permute", "count_pairs", "place_pairs", "copy_rows")  # kernels of ours beside the products
-CALLS = 2 * NUM_ROTATING  # so that each input comes twice, for the bits
+COMPILING = 8  # programs at a time
+BEFORE = ("permute_rows", "count_pairs", "place_pairs", "copy_rows")  # kernels of ours beside the products
+BEHIND = ("unpermute",)
+NO_CEILINGS: dict[str, float] = dict.fromkeys(
+    ("read_bytes_per_s", "bf16_flops", "fp8_flops"), float("nan")
+)  # a CPU says no percent
 
 
-def measure_jax(setting: Setting, name: str, program: Callable[[], Any]) -> Result:
-    """A compiled program of an FFN's calls: its time on the device (on a CPU, by the wall clock), error and bits."""
+def measure_jax(setting: Setting, name: str, program: Any) -> Result:
+    """A compiled FFN: its time on the device (on a CPU, by the wall clock), error and bits."""
+    calls = setting.calls()
     if jax.default_backend() != "gpu":
         start = time.perf_counter()
-        outs = jax.block_until_ready(program())
-        seconds = (time.perf_counter() - start) / CALLS
-        return setting.result(name, seconds, None, [outs[0], outs[NUM_ROTATING]])
-    found = profile(program, CALLS, around=setting.around)
-    outs = [found.outputs[0], found.outputs[NUM_ROTATING]]
+        outs = jax.block_until_ready([program(*arguments) for arguments in (*calls, calls[0])])
+        seconds = (time.perf_counter() - start) / len(outs)
+        return setting.result(name, seconds, None, [outs[0], outs[-1]])
+    found = profile_call(program, calls, around=setting.around, before_products=BEFORE, behind_products=BEHIND)
     if not name.startswith("jmoe"):
-        return setting.result(name, found.seconds, None, outs)
+        return setting.result(name, found.seconds, None, found.outputs)
     kernels = {kernel: seconds * 1e6 for kernel, seconds in found.kernels.items()}
-    products = sum(us for kernel, us in kernels.items() if not any(word in kernel for word in OVERHEAD)) / 1e6
-    return dataclasses.replace(setting.result(name, found.seconds, products, outs), kernels_us=kernels)
+    result = setting.result(name, found.seconds, found.products, found.outputs)
+    return dataclasses.replace(result, kernels_us=kernels)
 
 
 def measure_torch(setting: Setting) -> Iterator[Result]:
@@ -144,14 +147,14 @@ def measure_torch(setting: Setting) -> Iterator[Result]:
     torch.cuda.empty_cache()
 
 
-def prepare(setting: Setting, args: argparse.Namespace, pool: concurrent.futures.Executor) -> dict[str, Any]:
+def prepare(case: Case, args: argparse.Namespace, pool: concurrent.futures.Executor) -> dict[str, Any]:
     """Name to a future program: ours in each implementation, and jax's peers."""
     candidates = {}
     for implementation in args.implementations:
         candidates[f"jmoe {implementation}"] = functools.partial(expert_ffn, implementation=implementation)
-    if "jax" in args.peers and setting.case.dtype == "bf16":
-        candidates |= peers.jax_peers(setting.case.tokens)
-    return {name: pool.submit(calls_of, f, setting.calls(), CALLS) for name, f in candidates.items()}
+    if "jax" in args.peers and case.dtype == "bf16":
+        candidates |= peers.jax_peers(case.tokens)
+    return {name: pool.submit(compile_call, f, call_shapes(case)) for name, f in candidates.items()}
 
 
 def measure(setting: Setting, programs: dict[str, Any], args: argparse.Namespace) -> Iterator[Result]:
@@ -187,18 +190,24 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def cases(args: argparse.Namespace, model: str) -> list[Case]:
+    return [Case(model, t, d, r) for d in args.dtypes for t in args.tokens for r in args.routings]
+
+
 def settings(name: str, args: argparse.Namespace, found: dict[str, float], around: Any) -> Iterator[Setting]:
-    """The cases of one model, which share its weights."""
+    """The cases of one model, which share its weights, and its dtypes the truth."""
     weights = make_weights(MODELS[name])
     scaled = scaled_weights(weights) if "fp8" in args.dtypes else ()
-    for dtype in args.dtypes:
-        for tokens in args.tokens:
-            for routing in args.routings:
-                case = Case(name, tokens, dtype, routing)
-                inputs = make_inputs(case)
-                floor_us = floor_of(case, inputs, found) * 1e6
-                blank = Result(name, tokens, dtype, routing, active_experts(inputs), floor_us, "")
-                yield Setting(case, inputs, weights, scaled, *truth(inputs[0], weights), blank, around)
+    truths = {}
+    for case in cases(args, name):
+        inputs = make_inputs(case)
+        drawn = case.tokens, case.routing
+        if drawn not in truths:
+            truths[drawn] = truth(inputs[0], weights)
+        floor_us = floor_of(case, inputs, found) * 1e6
+        blank = Result(name, case.tokens, case.dtype, case.routing, active_experts(inputs), floor_us, "")
+        sampled, want = truths[drawn]
+        yield Setting(case, inputs, weights, scaled, sampled, want, blank, around)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -217,13 +226,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None, around: Callable[[], Any] | None = None) -> int:
     args = parse(argv)
-    found = ceilings(around)
-    print(where(), {name: f"{value / 1e12:.3g}e12" for name, value in found.items()}, file=sys.stderr)
     results = []
     with concurrent.futures.ThreadPoolExecutor(COMPILING) as pool:
+        programs = {}  # of a case and its other routings
+        for case in (case for model in args.models for case in cases(args, model)):
+            if case.shape not in programs:
+                programs[case.shape] = prepare(case, args, pool)
+        found = ceilings(around) if jax.default_backend() == "gpu" else NO_CEILINGS
+        print(where(), {name: f"{value / 1e12:.3g}e12" for name, value in found.items()}, file=sys.stderr, flush=True)
         for model in args.models:
-            for setting, programs in [(s, prepare(s, args, pool)) for s in settings(model, args, found, around)]:
-                for result in measure(setting, programs, args):
+            for setting in settings(model, args, found, around):
+                for result in measure(setting, programs[setting.case.shape], args):
                     results.append(result)
                     print(table([result]).splitlines()[-1], file=sys.stderr, flush=True)
                     write_json(args.json, found, results)

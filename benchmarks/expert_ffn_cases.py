@@ -1,6 +1,8 @@
 """The expert FFN benchmark's cases: shapes, routings drawn from a seed, inputs on the device, floor, float64 truth."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +46,11 @@ class Case:
     def model(self) -> Model:
         return MODELS[self.model_name]
 
+    @property
+    def shape(self) -> tuple[str, int, str]:
+        """What a compiled program depends on."""
+        return self.model_name, self.tokens, self.dtype
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -72,27 +79,46 @@ def make_inputs(case: Case) -> list[Inputs]:
         rng = np.random.default_rng(100 + seed)
         shares = rng.exponential(size=(case.tokens, case.model.k)).astype(np.float32)
         shares /= shares.sum(1, keepdims=True)
-        rows = jax.random.normal(jax.random.key(seed, impl="rbg"), (case.tokens, case.model.hidden), jnp.bfloat16)
+        rows = _normal((case.tokens, case.model.hidden), seed, 1.0)
         host_idx = draw_routing(case, seed)
         found.append(Inputs(rows, jnp.asarray(host_idx), jnp.asarray(shares), host_idx))
     return found
 
 
-def make_weights(model: Model) -> tuple[jax.Array, jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=0)
+def _normal(shape: tuple[int, ...], seed: int, scale: float) -> jax.Array:
+    return (jax.random.normal(jax.random.key(seed, impl="rbg"), shape, jnp.float32) * scale).astype(jnp.bfloat16)
+
+
+def weight_shapes(model: Model) -> tuple[tuple[int, int, int], ...]:
+    """Of gate_proj, up_proj and down_proj."""
+    wide = (model.experts, model.hidden, model.width)
+    return wide, wide, (model.experts, model.width, model.hidden)
+
+
+def make_weights(model: Model) -> tuple[jax.Array, ...]:
     """bf16 gate_proj, up_proj `[E, D, F]` and down_proj `[E, F, D]`, normal with variance 1/in."""
+    return tuple(_normal(shape, seed, shape[1] ** -0.5) for seed, shape in enumerate(weight_shapes(model), 1))
 
-    def normal(seed, *shape):
-        make = jax.jit(lambda key: (jax.random.normal(key, shape, jnp.float32) * shape[1] ** -0.5).astype(jnp.bfloat16))
-        return make(jax.random.key(seed, impl="rbg"))
 
-    wide, back = (model.experts, model.hidden, model.width), (model.experts, model.width, model.hidden)
-    return normal(1, *wide), normal(2, *wide), normal(3, *back)
+def call_shapes(case: Case) -> tuple[Any, ...]:
+    """What one call takes, as shapes: its program is compiled before its arrays are made."""
+    m, kind = case.model, jax.ShapeDtypeStruct
+    weights: Any = tuple(kind(shape, jnp.bfloat16) for shape in weight_shapes(m))
+    if case.dtype == "fp8":
+        weights = jax.eval_shape(scaled_weights, weights)
+    chosen = (case.tokens, m.k)
+    return kind((case.tokens, m.hidden), jnp.bfloat16), kind(chosen, jnp.int32), kind(chosen, jnp.float32), *weights
 
 
 def scaled_weights(weights: tuple[jax.Array, ...]) -> tuple[BlockScaled, ...]:
     """The same in float8, one expert at a time: all at once in float32 doesn't fit beside them."""
-    one_by_one = jax.jit(lambda w: jax.lax.map(lambda e: quantize_blocks(e.T), w))
-    return tuple(one_by_one(w) for w in weights)
+    return tuple(_one_by_one(w) for w in weights)
+
+
+@jax.jit
+def _one_by_one(weights: jax.Array) -> BlockScaled:
+    return jax.lax.map(lambda e: quantize_blocks(e.T), weights)
 
 
 def active_experts(inputs: list[Inputs]) -> float:
@@ -112,7 +138,7 @@ def floor_of(case: Case, inputs: list[Inputs], ceilings: dict[str, float]) -> fl
 def truth(inputs: Inputs, weights: tuple[jax.Array, ...], num_sampled: int = 4) -> tuple[np.ndarray, np.ndarray]:
     """Sampled row numbers and their FFN in float64, from the bf16 rows and weights (so fp8 pays for its rounding)."""
     sampled = np.linspace(0, len(inputs.host_idx) - 1, num_sampled).astype(int)
-    rows, shares = np.asarray(inputs.rows[sampled], np.float64), np.asarray(inputs.topk_weights)[sampled]
+    rows, shares = np.asarray(inputs.rows)[sampled].astype(np.float64), np.asarray(inputs.topk_weights)[sampled]
     k = inputs.host_idx.shape[1]
     with jax.enable_x64(True):
         pairs = (jnp.asarray(rows.repeat(k, axis=0)), jnp.asarray(inputs.host_idx[sampled].reshape(-1)))

@@ -13,37 +13,43 @@ from tune_blocks import Problem
 
 from jmoe.pallas_kernels.block_scaled import quantize_rows
 from jmoe.pallas_kernels.expert_ffn import ALIGN
-from jmoe.pallas_kernels.grouped_blocks import grouped_shape
+from jmoe.pallas_kernels.grouped_blocks import choose_blocks, grouped_shape
 from jmoe.pallas_kernels.grouped_matmul import GroupedBlocks, gated_grouped_matmul, grouped_matmul
-from jmoe.pallas_kernels.permute import permute
+from jmoe.pallas_kernels.permute import num_padded_rows
 
 
 def candidates(case: Case, num_in: int, num_out: int, parts: int) -> list[dict[str, int]]:
-    """Rows about the average group and above, every split of the columns that divides, one or two warpgroups."""
-    average = case.tokens * case.model.k / case.model.experts
-    rows = [n for n in (8, 16, 32, 48, 64, 96, 128, 192, 256) if average / 4 <= n <= max(16, 3 * average)] or [256]
-    depths = (64, 128) if case.dtype == "bf16" else (128,)
+    """The heuristic's rows and some beside them, every split of the columns that divides."""
+    small, average = case.dtype == "fp8", case.tokens * case.model.k / case.model.experts
+    chosen = choose_blocks(case.tokens * case.model.k, case.model.experts, num_in, num_out, parts, small)
+    beside = (n for n in (96, 120, 128, 144, 152) if average > 64 and n <= 2 * average)
+    splits = [(128, 64, 2), (256, 64, 2)] if not small else [(128, 128, 2), (256, 128, 2)]
+    if average <= 64:
+        splits += [(64, 128, 1)]
     found = []
-    for n, (out, consumers), depth in itertools.product(rows, ((64, 1), (128, 2), (128, 1), (256, 2)), depths):
-        if num_out % out == 0 and num_in % depth == 0 and out * parts <= 256 and out % (64 * consumers) == 0:
+    for n, (out, depth, consumers) in itertools.product(sorted({chosen.block_rows, *beside}), splits):
+        sums = parts * n * out // (64 * consumers)  # floats of a thread, times 2
+        fits = sums <= (192 if small else 352)
+        if num_out % out == 0 and num_in % depth == 0 and (parts == 1 or out < 256 or n <= 32) and fits:
             found.append({"block_rows": n, "block_out": out, "block_in": depth, "consumers": consumers})
-    return found
+    same = {"block_rows": chosen.block_rows, "block_out": chosen.block_out, "block_in": chosen.block_in}
+    return [blocks for blocks in found if blocks != same | {"consumers": chosen.consumers}]
 
 
 def grouped_problem(op: str, case: Case, inputs: list[Inputs], weights: tuple[jax.Array, ...]) -> Problem:
     """One of the two products at one case."""
     gated = op == "gated_grouped_matmul"
     scaled = case.dtype == "fp8"
-    chosen: Any = (scaled_weights(weights) if scaled else weights)[:2] if gated else (weights[2],)
-    if scaled and not gated:
-        chosen = scaled_weights(weights)[2:]
+    chosen: Any = weights[:2] if gated else weights[2:]
+    if scaled:
+        chosen = scaled_weights(chosen)
     num_in, num_out = (case.model.hidden, case.model.width) if gated else (case.model.width, case.model.hidden)
     arguments = [_arguments(case, i, num_in, scaled) for i in inputs]
-    shape = grouped_shape(arguments[0][0].shape[0], case.model.experts, num_in, num_out)
+    shape = grouped_shape(case.tokens * case.model.k, case.model.experts, num_in, num_out)
     make = functools.partial(_product, gated_grouped_matmul if gated else grouped_matmul)
-    meant = np.zeros(shape["rows"], bool)
-    for size, start in zip(np.asarray(arguments[0][1]), np.asarray(arguments[0][2]), strict=True):
-        meant[start : start + size] = True
+    sizes, starts = np.asarray(arguments[0][1]), np.asarray(arguments[0][2])
+    rows = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, sizes, strict=True)])
+    picked = rows[np.linspace(0, len(rows) - 1, 64).astype(int)]
     return Problem(
         op,
         jnp.float8_e4m3fn if scaled else jnp.bfloat16,
@@ -51,16 +57,24 @@ def grouped_problem(op: str, case: Case, inputs: list[Inputs], weights: tuple[ja
         candidates(case, num_in, num_out, 2 if gated else 1),
         make,
         [(*a, *chosen) for a in arguments],
-        lambda output: output[meant],
+        jax.jit(lambda output: output[picked].astype(jnp.float32)),
     )
 
 
 def _arguments(case: Case, inputs: Inputs, num_in: int, scaled: bool) -> tuple[Any, ...]:
-    """(rows, sizes, starts, scales or None): normal rows in the place of what stands between the products."""
-    permuted = permute(inputs.rows, inputs.local_idx, case.model.experts, align=ALIGN, implementation="pallas")
-    rows = jax.random.normal(jax.random.key(0, impl="rbg"), (permuted.rows.shape[0], num_in), jnp.bfloat16)
-    values, scales = quantize_rows(rows) if scaled else (rows, None)
-    return values, permuted.group_sizes, permuted.group_starts, scales
+    """(rows, sizes, starts, scales or None): normal rows in the place of what stands before the product."""
+    model = case.model
+    sizes = np.bincount(inputs.host_idx.reshape(-1), minlength=model.experts).astype(np.int32)
+    spans = -(-sizes // ALIGN) * ALIGN
+    num_rows = num_padded_rows(case.tokens, model.k, model.experts, ALIGN)
+    values, scales = _rows(num_rows, num_in, scaled)
+    return values, jnp.asarray(sizes), jnp.asarray((np.cumsum(spans) - spans).astype(np.int32)), scales
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _rows(num_rows: int, num_in: int, scaled: bool) -> tuple[jax.Array, jax.Array | None]:
+    rows = jax.random.normal(jax.random.key(0, impl="rbg"), (num_rows, num_in), jnp.float32).astype(jnp.bfloat16)
+    return quantize_rows(rows) if scaled else (rows, None)
 
 
 def _product(op: Callable[..., Any], blocks: dict[str, int] | None) -> Callable[..., Any]:

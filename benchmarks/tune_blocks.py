@@ -3,7 +3,7 @@
     python benchmarks/tune_blocks.py --ops gated_grouped_matmul,grouped_matmul --models qwen3-30b-a3b --tokens 16,128
     python benchmarks/tune_blocks.py ... --write                # also into pallas_kernels/block_table.json
 
-Every candidate of a problem is compiled (several at a time), run once and compared with the heuristic's choice, and
+Every candidate is compiled (several at a time, of all problems), run once and compared with the heuristic's choice, and
 timed on the device; a candidate that can't run, or is further off than 1e-2, is a line that says so. An op joins by a
 function of the arguments that yields `Problem`s, in PROBLEMS.
 """
@@ -12,20 +12,18 @@ import argparse
 import concurrent.futures
 import dataclasses
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from device_profile import calls_of, profile
+from device_profile import compile_call, profile_call
 from device_time import relative_error, where
 from expert_ffn_cases import MODELS, Case, make_inputs, make_weights
 
 from jmoe.pallas_kernels.block_table import write_blocks
 
-COMPILING = 6  # candidates compiled at a time
-CALLS = 8
+COMPILING = 8  # candidates compiled at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Problem:
       candidates: block sizes to try.
       make: a traceable function for given block sizes; None for the heuristic's.
       inputs: argument tuples that the calls take in turn.
-      meant: of an output of the first input, the part that means something.
+      meant: of an output of the first input, some part that means something.
     """
 
     op: str
@@ -46,7 +44,7 @@ class Problem:
     candidates: Sequence[dict[str, int]]
     make: Callable[[dict[str, int] | None], Callable[..., Any]]
     inputs: Sequence[tuple[Any, ...]]
-    meant: Callable[[np.ndarray], np.ndarray] = lambda output: output
+    meant: Callable[[Any], Any] = lambda output: output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,30 +56,33 @@ class Tried:
     note: str = ""
 
 
-def tune(problem: Problem, around: Callable[[], Any] | None = None) -> list[Tried]:
+def compile_all(problem: Problem, pool: concurrent.futures.Executor) -> list[tuple[dict[str, int] | None, Any]]:
+    """(blocks, future program) of the heuristic's choice (None) and of every candidate."""
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), problem.inputs[0])
+    choices = [None, *problem.candidates]
+    return [(blocks, pool.submit(compile_call, problem.make(blocks), shapes)) for blocks in choices]
+
+
+def tune(
+    problem: Problem, programs: list[tuple[dict[str, int] | None, Any]], around: Callable[[], Any] | None = None
+) -> list[Tried]:
     """Every candidate, fastest first, those that can't run last."""
 
-    def outputs(function: Callable[..., Any]) -> list[np.ndarray]:
-        return [problem.meant(np.asarray(leaf, np.float32)) for leaf in jax.tree.leaves(jax.jit(function)(*first))]
+    def outputs(program: Callable[..., Any]) -> list[np.ndarray]:
+        return [np.asarray(problem.meant(leaf)) for leaf in jax.tree.leaves(program(*problem.inputs[0]))]
 
-    timing = threading.Lock()  # others compile meanwhile
-    first = problem.inputs[0]
-    want = outputs(problem.make(None))
-
-    def attempt(blocks: dict[str, int] | None) -> Tried:
+    want, tried = None, []
+    for blocks, program in programs:
         try:
-            function = problem.make(blocks)
-            error = max(relative_error(a, b) for a, b in zip(outputs(function), want, strict=True))
+            got = outputs(program.result())
+            want = got if want is None else want
+            error = max(relative_error(a, b) for a, b in zip(got, want, strict=True))
             if error > 1e-2:
-                return Tried(blocks, None, f"wrong: {error:.1e}")
-            program = calls_of(function, problem.inputs, CALLS)
-            with timing:
-                return Tried(blocks, profile(program, CALLS, repeats=3, around=around).seconds)
+                tried.append(Tried(blocks, None, f"wrong: {error:.1e}"))
+                continue
+            tried.append(Tried(blocks, profile_call(program.result(), problem.inputs, around=around).seconds))
         except Exception as error:  # too much shared memory, a tile that doesn't divide: a line of the report
-            return Tried(blocks, None, f"{type(error).__name__}: {str(error).strip()[:80]}")
-
-    with concurrent.futures.ThreadPoolExecutor(COMPILING) as pool:
-        tried = list(pool.map(attempt, [None, *problem.candidates]))
+            tried.append(Tried(blocks, None, f"{type(error).__name__}: {str(error).strip()[:80]}"))
     return sorted(tried, key=lambda t: float("inf") if t.seconds is None else t.seconds)
 
 
@@ -90,8 +91,8 @@ def _grouped_problems(op: str, args: argparse.Namespace) -> Iterator[Problem]:
     from expert_ffn_tuning import grouped_problem
 
     for name in args.models:
+        weights = make_weights(MODELS[name])
         for dtype in args.dtypes:
-            weights = make_weights(MODELS[name])
             for tokens in args.tokens:
                 case = Case(name, tokens, dtype, "uniform")
                 yield grouped_problem(op, case, make_inputs(case), weights)
@@ -117,10 +118,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None, around: Callable[[], Any] | None = None) -> int:
     args = parse(argv)
-    for op in args.ops:
-        for problem in PROBLEMS[op](op, args):
+    with concurrent.futures.ThreadPoolExecutor(COMPILING) as pool:
+        problems = [(op, problem) for op in args.ops for problem in PROBLEMS[op](op, args)]
+        programs = [compile_all(problem, pool) for _, problem in problems]
+        for (op, problem), compiled in zip(problems, programs, strict=True):
             print(op, np.dtype(problem.dtype).name, problem.shape, flush=True)
-            tried = tune(problem, around)
+            tried = tune(problem, compiled, around)
             for one in tried[: args.show]:
                 time = "-" if one.seconds is None else f"{one.seconds * 1e6:9.2f} us"
                 print(f"  {time} {one.blocks or 'the heuristic'} {one.note}", flush=True)

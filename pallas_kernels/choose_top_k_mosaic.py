@@ -24,6 +24,7 @@ def choose_rows(
     summed = (parts[0], dtype) if parts else None
 
     def choose_top_k(*refs):
+        simt.follow()
         simt.program(_program(tokens, num_experts, k, renormalize, logits.dtype, summed, num_tokens is not None), *refs)
 
     idx, weights = plgpu.kernel(

@@ -9,7 +9,7 @@ import numpy as np
 from jmoe.pallas_kernels.block_scaled import BlockScaled
 from jmoe.pallas_kernels.block_scaled_ffn import block_scaled_ffn
 from jmoe.pallas_kernels.choice import by_platform
-from jmoe.pallas_kernels.grouped_blocks import grouped_shape, measured_blocks
+from jmoe.pallas_kernels.grouped_blocks import blocks_for, grouped_shape
 from jmoe.pallas_kernels.grouped_matmul import gated_grouped_matmul, grouped_matmul
 from jmoe.pallas_kernels.permute import permute, unpermute
 
@@ -108,11 +108,12 @@ def _pallas(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj):
     permuted = permute(rows, local_idx, num_experts, align=ALIGN, float8=scaled, implementation="pallas")
     x, sizes = permuted.rows, permuted.group_sizes
     groups = {"group_starts": permuted.group_starts, "implementation": "pallas"}
-    wide = measured_blocks("gated_grouped_matmul", x.dtype, grouped_shape(len(x), num_experts, hidden_size, width))
-    back = measured_blocks("grouped_matmul", x.dtype, grouped_shape(len(x), num_experts, width, hidden_size))
+    pairs = local_idx.size
+    wide = blocks_for("gated_grouped_matmul", x.dtype, grouped_shape(pairs, num_experts, hidden_size, width))
+    back = blocks_for("grouped_matmul", x.dtype, grouped_shape(pairs, num_experts, width, hidden_size))
     hidden = gated_grouped_matmul(x, gate_proj, up_proj, sizes, rows_scales=permuted.scales, blocks=wide, **groups)
     hidden, scales = quantize_rows_pallas(hidden) if scaled else (hidden, None)
-    out = grouped_matmul(hidden, down_proj, sizes, rows_scales=scales, blocks=back, **groups)
+    out = grouped_matmul(hidden, down_proj, sizes, rows_scales=scales, blocks=back, older_groups=True, **groups)
     return unpermute(out, permuted.positions, topk_weights, implementation="pallas")
 
 

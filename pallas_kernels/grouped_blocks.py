@@ -1,14 +1,21 @@
-"""Block sizes of the grouped products out of the table of measured ones."""
+"""Block sizes of the grouped products: out of the table of measured ones, or else by an estimate."""
 
+import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from jmoe.pallas_kernels.block_table import find_blocks
-from jmoe.pallas_kernels.grouped_matmul import GroupedBlocks
+from jmoe.pallas_kernels.grouped_matmul import SCALED, GroupedBlocks
+
+UNIT = 8  # rows of one tile in shared memory
+NUM_SMS = 132
+LARGEST = {(1, False): 152, (2, False): 168, (1, True): 96, (2, True): 96}  # rows: what the registers hold, and shared
+# memory three stages of
 
 
 def grouped_shape(num_rows: int, num_experts: int, num_in: int, num_out: int) -> dict[str, int]:
-    """The sizes that a choice of blocks depends on, as the table names them; rows as padded by `permute`."""
+    """The sizes that a choice of blocks depends on, as the table names them; rows of all groups, without padding."""
     return {"rows": num_rows, "experts": num_experts, "in": num_in, "out": num_out}
 
 
@@ -20,4 +27,62 @@ def measured_blocks(op: str, dtype: Any, shape: Mapping[str, int]) -> GroupedBlo
     found = find_blocks(op, dtype, shape)
     if found is None or shape["out"] % found["block_out"] or shape["in"] % found["block_in"]:
         return None
-    return GroupedBlocks(**found) if found["block_rows"] <= shape["rows"] else None
+    return GroupedBlocks(**found) if found["block_rows"] <= -(-shape["rows"] // UNIT) * UNIT else None
+
+
+def blocks_for(op: str, dtype: Any, shape: Mapping[str, int]) -> GroupedBlocks:
+    """Measured ones, else `choose_blocks`."""
+    found = measured_blocks(op, dtype, shape)
+    if found is not None:
+        return found
+    parts, small = (2 if op == "gated_grouped_matmul" else 1), dtype.itemsize == 1
+    return choose_blocks(shape["rows"], shape["experts"], shape["in"], shape["out"], parts, small)
+
+
+@functools.cache
+def choose_blocks(num_rows: int, num_experts: int, num_in: int, num_out: int, parts: int, small: bool) -> GroupedBlocks:
+    """The block_rows of least estimated time where rows choose experts evenly; columns that fill the last wave.
+
+    Args:
+      num_rows: of all groups; where they are padded, the rows that mean something.
+      num_experts, num_in, num_out: of the weights.
+      parts: 2 for gate and up.
+      small: float8.
+    """
+    sizes = _size_odds(num_rows, num_experts)
+    most = min(LARGEST[parts, small], -(-num_rows // UNIT) * UNIT)
+    block_rows = min(range(UNIT, most + 1, UNIT), key=lambda n: _clocks(n, sizes))
+    depth = SCALED if small else 64
+    if parts == 1 and num_out % 256 == 0 and (block_rows >= 72 or (num_in <= 2048 and block_rows <= 32)):
+        return GroupedBlocks(block_rows, 256, depth, None, 2)  # many rows: fewer reads of them; short sums: fewer items
+    narrow = GroupedBlocks(block_rows, 64, SCALED if num_in % SCALED == 0 else 64, None, 1)
+    if num_out % 128:
+        return narrow
+    broad = GroupedBlocks(block_rows, 128, depth, None, 2)
+    blocks = num_experts * sum(odds * -(-size // block_rows) for size, odds in sizes)
+    items = [blocks * num_out / b.block_out for b in (broad, narrow)]
+    shares = [n / (n + NUM_SMS / 2) for n in items]  # the last wave is half empty on average
+    return narrow if block_rows <= 64 and shares[1] > shares[0] + 0.1 else broad
+
+
+def _size_odds(num_rows: int, num_experts: int) -> list[tuple[int, float]]:
+    """(size, odds) of a group that gets each of the rows by a chance of 1 in num_experts (Poisson)."""
+    mean = num_rows / num_experts
+    spread = 6 * math.sqrt(mean) + 6
+    sizes = range(max(1, int(mean - spread)), min(num_rows, int(mean + spread)) + 1)
+    odds = [math.exp(size * math.log(mean) - mean - math.lgamma(size + 1)) for size in sizes]
+    return list(zip(sizes, odds, strict=True))
+
+
+def _clocks(block_rows: int, sizes: list[tuple[int, float]]) -> float:
+    """Of an SM, for 64 columns and 64 terms (float8: 128) of a group, on average.
+
+    A block takes wgmma 2 clocks a row, or shared memory one a row and 64 for the weights, and about 32 of start and
+    end; each further block of a group reads the weights again, out of L2: about 200.
+    """
+    block = max(2 * block_rows, 64 + block_rows) + 32
+    total = 0.0
+    for size, odds in sizes:
+        blocks = -(-size // block_rows)
+        total += odds * (blocks * block + (blocks - 1) * max(0, 200 - block))
+    return total

@@ -42,6 +42,7 @@ def grouped_matmul(
     rows_scales: jax.Array | None = None,
     out_dtype: Any = None,
     blocks: GroupedBlocks | None = None,
+    older_groups: bool = False,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """out[r] = row_weights[r] * (rows[r] weights[e]), r a row of group e: group_starts[e] <= r < starts + sizes[e].
@@ -55,6 +56,8 @@ def grouped_matmul(
       rows_scales: `[rows, ceil(in / 128)]` float32, of float8 rows.
       out_dtype: None for the dtype of rows, of float8 rows bfloat16.
       blocks: of the Mosaic form; None for its choice.
+      older_groups: what makes the rows had the groups and weights as inputs: the Mosaic form may read both before that
+        has ended.
       implementation: "xla" (`jax.lax.ragged_dot`), "pallas" (Mosaic GPU on Hopper; bfloat16, or float8 rows and
         weights), "reference" (float32, an expert at a time), None for the best.
 
@@ -65,7 +68,7 @@ def grouped_matmul(
       ValueError: arrays that don't belong together, or an implementation that can't run.
     """
     operands = _Operands(rows, (weights,), group_sizes, group_starts, row_weights, rows_scales)
-    return _run("grouped_matmul", operands, out_dtype, blocks, implementation)
+    return _run("grouped_matmul", operands, out_dtype, blocks, implementation, older_groups)
 
 
 def gated_grouped_matmul(
@@ -112,7 +115,10 @@ class _Operands:
     rows_scales: jax.Array | None
 
 
-def _run(op: str, operands: _Operands, out_dtype: Any, blocks: GroupedBlocks | None, implementation: str | None):
+def _run(
+    op: str, operands: _Operands, out_dtype: Any, blocks: GroupedBlocks | None, implementation: str | None,
+    older_groups: bool = False,
+):  # fmt: skip
     _check(op, operands)
     rows = operands.rows
     dtype = jnp.dtype(out_dtype or (jnp.bfloat16 if rows.dtype.itemsize == 1 else rows.dtype))
@@ -126,10 +132,10 @@ def _run(op: str, operands: _Operands, out_dtype: Any, blocks: GroupedBlocks | N
     if implementation == "pallas":
         if obstacle is not None:
             raise ValueError(f"{op}: implementation 'pallas': {obstacle}")
-        return _pallas(operands, dtype, blocks)
+        return _pallas(operands, dtype, blocks, older_groups)
     if obstacle is not None:
         return _xla(operands, dtype)
-    return by_platform(op, lambda o: _pallas(o, dtype, blocks), lambda o: _xla(o, dtype), operands)
+    return by_platform(op, lambda o: _pallas(o, dtype, blocks, older_groups), lambda o: _xla(o, dtype), operands)
 
 
 def _why_not(operands: _Operands) -> str | None:
@@ -239,7 +245,7 @@ def _reference(operands: _Operands, dtype: Any) -> jax.Array:
     return out.astype(dtype)
 
 
-def _pallas(operands: _Operands, dtype: Any, blocks: GroupedBlocks | None) -> jax.Array:
+def _pallas(operands: _Operands, dtype: Any, blocks: GroupedBlocks | None, older_groups: bool) -> jax.Array:
     """The Mosaic form; its gradient is the XLA form's."""
     from jmoe.pallas_kernels import grouped_matmul_mosaic as mosaic
 
@@ -254,6 +260,7 @@ def _pallas(operands: _Operands, dtype: Any, blocks: GroupedBlocks | None) -> ja
             operands.rows_scales,
             out_dtype=dtype,
             blocks=blocks,
+            older_groups=older_groups,
         )
 
     def backward(operands, cotangent):

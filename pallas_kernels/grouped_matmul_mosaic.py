@@ -13,16 +13,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jmoe.pallas_kernels.grouped_blocks import NUM_SMS, UNIT, choose_blocks
+from jmoe.pallas_kernels.grouped_items import Groups, Item
 from jmoe.pallas_kernels.grouped_matmul import SCALED, GroupedBlocks
-from jmoe.pallas_kernels.grouped_matmul_threads import copy_words, load_by_row, store_rows
+from jmoe.pallas_kernels.grouped_multiply import HALF, Multiplier
 
 SMEM_BYTES = 225 * 1024  # of 227, the rest for barriers and alignment
-LAYOUT = plgpu.Layout.WGMMA
-TURNED = plgpu.Layout.WGMMA_TRANSPOSED  # pairs along M: what is stored by rows
-BY_ROW = LAYOUT.reduce(0)
-NUM_SMS = 132
-accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
-UNIT = 8  # rows of one tile in shared memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +35,7 @@ class Product:
     blocks: GroupedBlocks
     num_sms: int
     interpret: bool
+    older_groups: bool
 
     @property
     def share(self) -> int:
@@ -56,7 +53,7 @@ class Product:
 
     @property
     def out_bytes(self) -> int:
-        return self.blocks.block_rows * self.blocks.block_out * jnp.dtype(self.out_dtype).itemsize
+        return self.blocks.consumers * self.blocks.block_rows * HALF * jnp.dtype(self.out_dtype).itemsize
 
     @property
     def out_transforms(self) -> tuple[Any, ...]:
@@ -64,28 +61,14 @@ class Product:
 
     @property
     def stages(self) -> int:
-        words = (1 + self.blocks.consumers) * 2 * self.num_experts * 4
+        words = (1 + self.blocks.consumers) * 3 * (self.num_experts + 1) * 4
         fits = (SMEM_BYTES - self.out_bytes - words) // self.stage_bytes
         return min(self.blocks.num_stages or fits, fits)
 
 
-def choose_blocks(rows: int, num_experts: int, num_out: int, parts: int, small: bool) -> GroupedBlocks:
-    """What the table of measured sizes lacks: rows for the average group and three deviations, columns that divide."""
-    average = rows / num_experts
-    wanted = average + 3 * average**0.5
-    block_rows = min([n for n in (8, 16, 32, 48, 64, 96, 128) if n >= wanted] or [128])
-    if small and block_rows > 64:  # above, a second sum a product doesn't fit the registers
-        block_rows = 64
-    block_rows = min(block_rows, -(-rows // UNIT) * UNIT)
-    largest = 128 if parts == 2 or block_rows < 64 else 256  # a short sum's blocks of 256 start slowly
-    fitting = [(o, c) for o, c in ((256, 2), (128, 2), (64, 1)) if o <= largest and num_out % o == 0]
-    block_out, consumers = fitting[0]
-    return GroupedBlocks(block_rows, block_out, SCALED if small else 64, None, consumers)
-
-
 def grouped(
     rows, weights, group_sizes, group_starts, row_weights, rows_scales, *, out_dtype, blocks=None, num_sms=NUM_SMS,
-    interpret=False,
+    interpret=False, older_groups=False,
 ):  # fmt: skip
     """See `grouped_matmul`; `weights` holds one operand, or gate and up. Rows of no group: anything.
 
@@ -99,6 +82,7 @@ def grouped(
       blocks: None for `choose_blocks`.
       num_sms: thread blocks.
       interpret: run by the interpreter.
+      older_groups: see `grouped_matmul`.
 
     Returns:
       `[rows, out]`.
@@ -108,10 +92,20 @@ def grouped(
     scales = [w.scales for w in weights] if small else []
     num_experts, num_in, num_out = values[0].shape[0], rows.shape[1], values[0].shape[1 if small else 2]
     if blocks is None:
-        blocks = choose_blocks(rows.shape[0], num_experts, num_out, len(weights), small)
+        blocks = choose_blocks(rows.shape[0], num_experts, num_in, num_out, len(weights), small)
     num_rows = -(-rows.shape[0] // UNIT) * UNIT
     shape = Product(
-        num_rows, num_in, num_out, num_experts, len(weights), small, jnp.dtype(out_dtype), blocks, num_sms, interpret
+        num_rows,
+        num_in,
+        num_out,
+        num_experts,
+        len(weights),
+        small,
+        jnp.dtype(out_dtype),
+        blocks,
+        num_sms,
+        interpret,
+        older_groups,
     )
     _check_blocks(shape)
     pad = [None] * (2 - len(weights))
@@ -149,8 +143,10 @@ def _kernel(shape: Product):
     b, stages, parts = shape.blocks, shape.stages, shape.parts
     transforms = _transforms(shape.in_dtype)
     tile = (b.block_out, b.block_in) if shape.small else (b.block_in, b.block_out)
+    body = _body(shape)
+    body.__name__ = "gated_grouped_matmul" if parts == 2 else "grouped_matmul"  # what a profiler shows
     return plgpu.kernel(
-        _body(shape),
+        body,
         out_type=jax.ShapeDtypeStruct((shape.rows, shape.num_out), shape.out_dtype),
         grid=(shape.num_sms,),
         grid_names=("sm",),
@@ -160,8 +156,8 @@ def _kernel(shape: Product):
         scratch_types=[
             plgpu.SMEM((stages, parts, *tile), shape.in_dtype, transforms=transforms),
             plgpu.SMEM((stages, b.block_rows, b.block_in), shape.in_dtype, transforms=transforms),
-            plgpu.SMEM((b.consumers, b.block_rows, shape.share), shape.out_dtype, transforms=shape.out_transforms),
-            plgpu.SMEM((1 + b.consumers, 2, shape.num_experts), jnp.int32),
+            plgpu.SMEM((b.consumers, b.block_rows, HALF), shape.out_dtype, transforms=shape.out_transforms),
+            plgpu.SMEM((1 + b.consumers, 3, shape.num_experts + 1), jnp.int32),
             plgpu.Barrier(num_arrivals=1 + parts, num_barriers=stages),
             plgpu.Barrier(num_arrivals=b.consumers, num_barriers=stages),
         ],
@@ -174,9 +170,8 @@ def _transforms(dtype: Any) -> tuple[Any, ...]:
 
 
 def _body(shape: Product):
-    b, stages, parts, share = shape.blocks, shape.stages, shape.parts, shape.share
-    steps = shape.num_in // b.block_in
-    tiles_out = shape.num_out // b.block_out
+    b, stages, parts = shape.blocks, shape.stages, shape.parts
+    steps, tiles = shape.num_in // b.block_in, shape.num_out // b.block_out
     i32 = jnp.int32
 
     def body(
@@ -184,90 +179,58 @@ def _body(shape: Product):
         weights_s, rows_s, out_s, words_s, full, free,
     ):  # fmt: skip
         block, role = lax.axis_index("sm"), lax.axis_index("wg")
-        weights_g = (gate_g, up_g)[:parts]
-        scales_g = (gate_scales_g, up_scales_g)[:parts]
-        if not shape.interpret:
-            plgpu.griddepcontrol_wait()
-            plgpu.griddepcontrol_launch_dependents()
+        words = None if shape.interpret else words_s.at[role]
+        groups = Groups(shape.num_experts, b.block_rows, tiles, shape.rows, sizes_g, starts_g, words)
 
-            starts = [] if starts_g is None else [starts_g, words_s.at[role, 1]]
-            copy_words(shape.num_experts, sizes_g, words_s.at[role, 0], *starts)
+        def follow():
+            """What the kernel before this one wrote is there; the next one may start."""
+            if not shape.interpret:
+                plgpu.griddepcontrol_wait()
+                plgpu.griddepcontrol_launch_dependents()
 
-        def size_of(e):
-            return sizes_g[e] if shape.interpret else words_s[role, 0, e]
+        def load_weights(item: Item, k, slot):
+            columns, terms = pl.ds(item.tile * b.block_out, b.block_out), pl.ds(k * b.block_in, b.block_in)
+            cells = (item.expert, columns, terms) if shape.small else (item.expert, terms, columns)
+            for part, source in enumerate((gate_g, up_g)[:parts]):
+                plgpu.copy_gmem_to_smem(source.at[cells], weights_s.at[slot, part], full.at[slot])
 
-        def start_of(e, before):
-            if starts_g is None:
-                return before
-            return starts_g[e] if shape.interpret else words_s[role, 1, e]
-
-        def skipped_of(e, before):
-            """Rows before the group in its first block: TMA takes tiles of 8 rows, and would fill zeros in."""
-            return lax.rem(start_of(e, before), i32(UNIT))
-
-        def blocks_of(e, before):
-            span = jnp.where(size_of(e) > 0, size_of(e) + skipped_of(e, before), 0)
-            return lax.div(span + (b.block_rows - 1), i32(b.block_rows))
-
-        def advance(item, e, base, before):
-            """The expert whose items hold `item`: base is its first, before the rows of all earlier experts."""
-
-            def passes(state):
-                e, base, before = state
-                here = jnp.minimum(e, shape.num_experts - 1)
-                return (e < shape.num_experts) & (item >= base + blocks_of(here, before) * tiles_out)
-
-            def step(state):
-                e, base, before = state
-                return e + 1, base + blocks_of(e, before) * tiles_out, before + size_of(e)
-
-            return lax.while_loop(passes, step, (e, base, before))
-
-        def walk(visit):
-            """visit(expert, column tile, first row, rows skipped, rows meant, first step) for this block's items."""
-
-            def step(state):
-                item, e, base, before, first_step = state
-                num_blocks = blocks_of(e, before)
-                tile, row_block = lax.div(item - base, num_blocks), lax.rem(item - base, num_blocks)
-                others = skipped_of(e, before)  # in the first block
-                begin = start_of(e, before) - others + row_block * b.block_rows
-                skipped = jnp.where(row_block == 0, others, 0)
-                end = jnp.minimum(size_of(e) + others - row_block * b.block_rows, b.block_rows)
-                first = jnp.minimum(begin, shape.rows - b.block_rows)  # no block reaches behind the last row
-                first = pl.multiple_of(first, UNIT)
-                visit(e, tile, first, begin - first + skipped, end - skipped, first_step)
-                item = item + shape.num_sms
-                return item, *advance(item, e, base, before), first_step + steps
-
-            start = (block, *advance(block, i32(0), i32(0), i32(0)), i32(0))
-            return lax.while_loop(lambda state: state[1] < shape.num_experts, step, start)[4]
+        def load_rows(item: Item, k, slot):
+            cells = pl.ds(item.first, b.block_rows), pl.ds(k * b.block_in, b.block_in)
+            plgpu.copy_gmem_to_smem(rows_g.at[cells], rows_s.at[slot], full.at[slot])
 
         @pl.when(role == 0)
         def _load():
             if not shape.interpret:
                 plgpu.set_max_registers(40, action="decrease")
+            early = min(stages, steps) if shape.older_groups else 0  # weights that are asked for before rows are there
+            if not early:
+                follow()
+            groups.line_up()
 
-            def visit(e, tile, first, _skipped, _meant, first_step):
+            def visit(item: Item):
+                if early:
+
+                    @pl.when(item.step == 0)
+                    def _():
+                        lax.fori_loop(0, early, lambda k, _: load_weights(item, k, k), None)
+                        follow()
+                        lax.fori_loop(0, early, lambda k, _: load_rows(item, k, k), None)
+
                 def load(k, _):
-                    slot = lax.rem(first_step + k, i32(stages))
+                    slot = lax.rem(item.step + k, i32(stages))
 
-                    @pl.when(first_step + k >= stages)
+                    @pl.when(item.step + k >= stages)
                     def _():
                         plgpu.barrier_wait(free.at[slot])
 
-                    terms = pl.ds(k * b.block_in, b.block_in)
-                    for part, source in enumerate(weights_g):
-                        columns = pl.ds(tile * b.block_out, b.block_out)
-                        cells = (e, columns, terms) if shape.small else (e, terms, columns)
-                        plgpu.copy_gmem_to_smem(source.at[cells], weights_s.at[slot, part], full.at[slot])
-                    plgpu.copy_gmem_to_smem(
-                        rows_g.at[pl.ds(first, b.block_rows), terms], rows_s.at[slot], full.at[slot]
-                    )
+                    load_weights(item, k, slot)
+                    load_rows(item, k, slot)
 
-                lax.fori_loop(0, steps, load, None)
+                lax.fori_loop(jnp.where(item.step == 0, early, 0), steps, load, None)
 
-            num_steps = walk(visit)
+            num_steps = groups.walk(block, shape.num_sms, steps, visit)
+            if early:
+                follow()  # a block without items, too, ends after the kernel before
             for last in range(1, stages + 1):  # nobody leaves while another may still arrive
 
                 @pl.when(num_steps >= last)
@@ -278,100 +241,13 @@ def _body(shape: Product):
         def _multiply():
             if not shape.interpret:
                 plgpu.set_max_registers(232, action="increase")
-            own = role - 1
-
-            def products(e, tile, first, first_step):
-                """[share, block_rows] float32 a part."""
-
-                def sums(*accs):
-                    def step(k, _):
-                        slot = lax.rem(first_step + k, i32(stages))
-                        plgpu.barrier_wait(full.at[slot])
-                        for part, acc in enumerate(accs):
-                            side = weights_s.at[slot, part, :, pl.ds(own * share, share)].T
-                            plgpu.wgmma(acc, side, rows_s.at[slot].T)
-                        plgpu.wgmma_wait(parts)  # of the step before this one nothing is still read
-
-                        @pl.when(k > 0)
-                        def _():
-                            plgpu.barrier_arrive(free.at[lax.rem(first_step + k - 1, i32(stages))])
-
-                    lax.fori_loop(0, steps, step, None)
-                    return tuple(acc[...] for acc in accs)
-
-                found = pl.run_scoped(sums, *[accumulator((share, b.block_rows), jnp.float32)] * parts)  # pyright: ignore[reportCallIssue]
-                plgpu.barrier_arrive(free.at[lax.rem(first_step + steps - 1, i32(stages))])
-                return found
-
-            def factors(source, first, column=0):
-                if not shape.interpret:
-                    return load_by_row(source, b.block_rows, first, i32(column))
-                cells = source.at[pl.ds(first, b.block_rows)]
-                cells = cells if len(source.shape) == 1 else cells.at[:, column]
-                return plgpu.load(cells, layout=BY_ROW, optimized=False)  # pyright: ignore[reportCallIssue]
-
-            def scaled_products(e, tile, first, first_step):
-                """The same; every 128 terms are summed by themselves and scaled: wgmma's float8 sums keep few bits."""
-                scale_row = lax.div(tile * b.block_out + own * share, i32(SCALED))
-
-                def step(k, sums):
-                    slot = lax.rem(first_step + k, i32(stages))
-                    scales = [scales[e, scale_row, k] for scales in scales_g]
-                    by_row = factors(rows_scales_g, first, k)
-                    plgpu.barrier_wait(full.at[slot])
-                    new = []
-                    for part in range(parts):
-
-                        def product(acc, part=part):
-                            plgpu.wgmma(acc, weights_s.at[slot, part, pl.ds(own * share, share)], rows_s.at[slot].T)
-                            return acc[...]
-
-                        found = pl.run_scoped(product, accumulator((share, b.block_rows), jnp.float32))
-                        factor = lax.broadcast_in_dim(by_row * scales[part], (share, b.block_rows), (1,))
-                        new.append(sums[part] + found * factor)
-                    plgpu.barrier_arrive(free.at[slot])
-                    return tuple(new)
-
-                none = plgpu.layout_cast(jnp.zeros((share, b.block_rows), jnp.float32), LAYOUT)
-                return lax.fori_loop(0, steps, step, (none,) * parts)
-
-            def visit(e, tile, first, skipped, meant, first_step):
-                found = (scaled_products if shape.small else products)(e, tile, first, first_step)
-                out = found[0] if parts == 1 else found[0] / (1 + jnp.exp(-found[0])) * found[1]
-                if row_weights_g is not None:
-                    by_row = factors(row_weights_g, first)
-                    out = out * lax.broadcast_in_dim(by_row, (share, b.block_rows), (1,))
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out_s.at[own].T[...] = plgpu.layout_cast(out.astype(shape.out_dtype), TURNED)
-                plgpu.commit_smem()
-                column = tile * b.block_out + own * share
-                if shape.interpret:
-                    store_pieces(column, first, skipped, meant)
-                    return
-
-                @pl.when(meant == b.block_rows)
-                def _():
-                    cells = pl.ds(first, b.block_rows), pl.ds(column, share)
-                    plgpu.copy_smem_to_gmem(out_s.at[own], out_g.at[cells])
-
-                @pl.when(meant < b.block_rows)
-                def _():
-                    store_rows(out_s.at[own], out_g, shape.out_transforms, share, first, skipped, meant, column)
-
-            def store_pieces(column, first, skipped, meant):
-                """The interpreter's: it has no single threads. Pieces of a power of two rows, the largest first."""
-                size = 1 << (b.block_rows.bit_length() - 1)
-                while size:
-
-                    @pl.when((meant & size) != 0)
-                    def _(size=size):
-                        done = skipped + (meant & ~(2 * size - 1))
-                        cells = pl.ds(first + done, size), pl.ds(column, share)
-                        plgpu.copy_smem_to_gmem(out_s.at[own, pl.ds(done, size)], out_g.at[cells])
-
-                    size //= 2
-
-            walk(visit)
+            follow()
+            groups.line_up()
+            scales = (rows_scales_g, (gate_scales_g, up_scales_g)[:parts])
+            multiplier = Multiplier(
+                shape, role - 1, steps, weights_s, rows_s, out_s, full, free, row_weights_g, scales, out_g
+            )
+            groups.walk(block, shape.num_sms, steps, multiplier.visit)
             plgpu.wait_smem_to_gmem(0)
 
     return body

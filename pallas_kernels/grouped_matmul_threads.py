@@ -16,20 +16,72 @@ VECTOR = 16  # bytes of one load or store
 ATOM = 8  # rows and vectors of one tile of 1 KB, which is how far the swizzle of 128 bytes goes
 
 
-def copy_words(num_words: int, *refs: Any) -> None:
-    """target[:num_words] = source[:num_words] for pairs of int32 refs, by one warpgroup, which then sees them."""
+def line_up_items(num_experts: int, block_rows: int, tiles: int, words: Any, *groups: Any) -> None:
+    """words[:, e] = (items of the experts before e, size, start); words[0, num_experts] = items of all.
 
-    def copy(*pointers):
-        for source, target in zip(pointers[::2], pointers[1::2], strict=True):
+    An expert has ceil((size + start % 8) / block_rows) * tiles items, if it has a row. By one warpgroup, which then
+    sees them.
 
-            def word(i, source=source, target=target):
-                target.store(i, source.load(i))
-                return []
+    Args:
+      num_experts, block_rows, tiles: static.
+      words: `[3, num_experts + 1]` int32 in shared memory.
+      groups: sizes `[num_experts]` int32 in global memory, and starts; without them a group starts where one ends.
+    """
+    each, length = -(-num_experts // simt.WARP), num_experts + 1
 
-            simt.loop(_thread(), num_words, simt.BLOCK_THREADS, [], word)
+    def line_up(words, sizes, *starts):
+        lane = simt.thread() % simt.WARP
+        experts = [lane * each + i for i in range(each)]
+        inside = [expert < num_experts for expert in experts]
+        safe = [there.select(expert, 0) for expert, there in zip(experts, inside, strict=True)]
+        held = [there.select(sizes.load(expert), 0) for expert, there in zip(safe, inside, strict=True)]
+        begins = [starts[0].load(expert) for expert in safe] if starts else _sums_before(held, lane)
+        counts = []
+        for size, begin in zip(held, begins, strict=True):
+            blocks = (size + begin % ATOM + (block_rows - 1)) // block_rows
+            counts.append((size >= 1).select(blocks * tiles, 0))
+        firsts = _sums_before(counts, lane)
+        with simt.when((simt.warp() % (simt.BLOCK_THREADS // simt.WARP)).equals(0)):
+            for expert, there, *found in zip(experts, inside, firsts, held, begins, strict=True):
+                with simt.when(there):
+                    for row, word in enumerate(found):
+                        words.store(expert + row * length, word)
+            with simt.when(lane.equals(simt.WARP - 1)):
+                words.store(num_experts, firsts[-1] + counts[-1])
         simt.barrier()
 
-    simt.program(copy, *refs)
+    simt.program(line_up, words, *groups)
+
+
+def _sums_before(words: list[simt.Word], lane: simt.Word) -> list[simt.Word]:
+    """Of consecutive words, some a lane: the sum of all before each."""
+    before = simt.warp_sum_before(sum(words[1:], words[0]), lane)
+    found = []
+    for word in words:
+        found.append(before)
+        before = before + word
+    return found
+
+
+def find_expert(num_experts: int, words: Any, item: jax.Array) -> Any:
+    """The expert that `item` is of, by `words` of `line_up_items`; num_experts behind the last item. int32."""
+    splat = plgpu.Layout.WG_SPLAT(())
+    result = plgpu.ShapeDtypeStruct((), jnp.int32, layout=splat)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), splat), return_type=result)
+    def inlined(_ctx, words_s, *values):
+        item, lane = simt.Word(values[0].registers.flat[0]), simt.thread() % simt.WARP
+        pointer, passed = simt.Pointer.of(words_s), simt.word(0)
+        for start in range(1, num_experts + 1, simt.WARP):
+            expert = lane + start
+            there = expert < num_experts + 1
+            behind = pointer.load(there.select(expert, 0))
+            passed = passed + (there & (item >= behind)).count()
+        registers = np.empty((), dtype=object)
+        registers[()] = simt.warp_sum(passed).value
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=splat.to_mgpu(), _is_signed=True)
+
+    return inlined(words, item)
 
 
 def load_by_row(source: Any, num_rows: int, first: jax.Array, column: jax.Array) -> Any:
@@ -55,9 +107,9 @@ def load_by_row(source: Any, num_rows: int, first: jax.Array, column: jax.Array)
         pair = ir.VectorType.get((2,), f32)
         to = layout.to_mgpu()
         registers = np.empty(to.registers_shape((num_rows,)), dtype=object)
+        base = pointer.skip(first + (simt.thread() % 4) * 2, stride * 4).at(column, f32)
         for i in range(num_rows // 8):
-            row = first + (simt.thread() % 4) * 2 + 8 * i
-            at = [pointer.at((row + j) * stride + column, f32) for j in range(2)]
+            at = [simt.mosaic.getelementptr(base, [(8 * i + j) * stride], f32) for j in range(2)]
             found = [llvm.load(f32, address, alignment=4) for address in at]
             registers.flat[i] = vector.from_elements(pair, found)
         return fragmented_array.FragmentedArray(_registers=registers, _layout=to, _is_signed=None)

@@ -147,7 +147,7 @@ def _xla(rows: jax.Array, local_idx: jax.Array, num_experts: int, align: int, fl
 
 def _reference(rows, local_idx, num_experts: int, align: int, float8: bool) -> Permuted:
     """numpy, one pair at a time; padding rows are zeros."""
-    payloads = [np.asarray(p) for p in (quantize_rows(jnp.asarray(rows)) if float8 else (rows,))]
+    payloads = [np.asarray(p) for p in (jax.jit(quantize_rows)(jnp.asarray(rows)) if float8 else (rows,))]
     ids = np.asarray(local_idx)
     sizes = np.array([(ids == e).sum() for e in range(num_experts)], np.int32)
     padded = -(-sizes // align) * align

@@ -34,12 +34,15 @@ def permute_many(
     ids = local_idx.reshape(-1)
 
     def count_pairs(*refs):
+        simt.follow()
         simt.program(_count(pairs, num_experts), *refs)
 
     def place_pairs(*refs):
+        simt.follow()
         simt.program(_place(pairs, blocks, num_experts, align), *refs)
 
     def copy_rows(*refs):
+        simt.follow()
         simt.program(_copy(num_rows, k, row), *refs)
 
     counts = plgpu.kernel(

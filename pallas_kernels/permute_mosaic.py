@@ -14,8 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels import simt
 from jmoe.pallas_kernels import simt_floats as floats
-from jmoe.pallas_kernels.permute_many_mosaic import permute_many, row_types
-from jmoe.pallas_kernels.permute_rows_mosaic import IN_FLIGHT, VECTOR_BYTES, Row, load, rounded, store
+from jmoe.pallas_kernels.permute_many_mosaic import CHUNK, load_chunk, num_chunks, permute_many, row_types
+from jmoe.pallas_kernels.permute_rows_mosaic import VECTOR_BYTES, Row, store
 from jmoe.pallas_kernels.simt import BLOCK_THREADS, WARP, Pointer, Word
 
 MAX_FUSED_PAIRS = 2048
@@ -33,6 +33,7 @@ def permute_pallas(
         return permute_many(rows, local_idx, num_experts, align, padded, row)
 
     def permute_rows(*refs):
+        simt.follow()
         simt.program(_fused(pairs, k, num_experts, align, row), *refs)
 
     groups = jax.ShapeDtypeStruct((num_experts,), jnp.int32)
@@ -40,7 +41,7 @@ def permute_pallas(
         permute_rows,
         out_type=(groups, groups, jax.ShapeDtypeStruct((pairs,), jnp.int32), *row_types(row, padded)),
         scratch_types=[plgpu.SMEM((_round_up(pairs, 4),), jnp.int32), plgpu.SMEM((num_experts,), jnp.int32)],
-        grid=(1 + _ceil_div(pairs, WARPS),),
+        grid=(1 + _ceil_div(pairs * num_chunks(row), WARPS),),
         grid_names=("block",),
     )(rows, local_idx.reshape(-1))
     return out, sizes, starts, positions.reshape(num_rows, k), scales[0] if scales else None
@@ -59,6 +60,7 @@ def unpermute_pallas(rows: jax.Array, positions: jax.Array, topk_weights: jax.Ar
     blocks = _ceil_div(width // lanes, BLOCK_THREADS)
 
     def unpermute_rows(*refs):
+        simt.follow()
         simt.program(_combine(k, width, lanes, blocks, rows.dtype, topk_weights is not None), *refs)
 
     kernel = plgpu.kernel(
@@ -111,29 +113,28 @@ def _padded(count: Word, align: int) -> Word:
 
 
 def _fused(pairs: int, k: int, num_experts: int, align: int, row: Row) -> Callable[..., None]:
-    """Block 0 says sizes and starts; warp w of block b > 0 moves pair (b - 1) * WARPS + w."""
+    """Block 0 says sizes and starts; each warp of the others moves up to 4 KB of one pair's row."""
+    chunks = num_chunks(row)
 
     def program(rows: Pointer, local_idx: Pointer, sizes: Pointer, starts: Pointer, positions: Pointer, *rest: Pointer):
         out, *scales, ids, counts = rest
         thread, lane, block = simt.thread(), simt.thread() % WARP, simt.block()
-        pair = (block - 1) * WARPS + simt.warp()
-        mine = (block >= 1) & (pair < pairs)
-        pair = mine.select(pair, 0)  # a warp with nothing to move still counts
-        source, steps = rows.skip(pair // k, row.row_bytes), range(_ceil_div(row.vectors, WARP))
-        held = load(row, source, lane, steps[:IN_FLIGHT], whole=row.vectors % WARP == 0)
+        item = (block - 1) * WARPS + simt.warp()
+        mine = (block >= 1) & (item < pairs * chunks)
+        item = mine.select(item, 0)  # a warp with nothing to move still counts
+        pair, chunk = item // chunks, item % chunks
+        parts = load_chunk(row, rows.skip(pair // k, row.row_bytes), chunk * CHUNK + lane)
         _count(local_idx, ids, counts, thread, pairs, num_experts)
         with simt.when(mine):
             expert = ids.load(pair)
-            with simt.when(expert < 0), simt.when(lane.equals(0)):
+            first = lane.equals(0) & chunk.equals(0)
+            with simt.when((expert < 0) & first):
                 positions.store(pair, -1)
             with simt.when(expert >= 0):
                 place = _sum_below(counts, expert, lane, align) + _rank(ids, pair, expert, lane)
-                with simt.when(lane.equals(0)):
+                with simt.when(first):
                     positions.store(pair, place)
-                store(row, rounded(row, held), out, scales[0] if scales else None, place)
-                for start in range(IN_FLIGHT, len(steps), IN_FLIGHT):
-                    more = load(row, source, lane, steps[start : start + IN_FLIGHT], whole=row.vectors % WARP == 0)
-                    store(row, rounded(row, more), out, scales[0] if scales else None, place)
+                store(row, parts, out, scales[0] if scales else None, place)
         with simt.when(block.equals(0) & simt.warp().equals(0)):
             _say_groups(counts, sizes, starts, lane, num_experts, align)
 

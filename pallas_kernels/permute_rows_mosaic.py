@@ -82,7 +82,8 @@ def rounded(row: Row, parts: list[Part]) -> list[Part]:
         values = floats.Floats.of(part.value).each()
         amax = floats.warp_reduce(floats.largest_magnitude(values), lambda a, b: a.maximum(b), BLOCK // row.lanes)
         scale = amax.maximum(SMALLEST_AMAX).times(1 / LARGEST)
-        value = floats.float8_vector([v / scale for v in values])
+        inverse = scale.reciprocal()  # a division of each would take 200 clocks wherever a row holds zeros
+        value = floats.float8_vector([v * inverse for v in values])
         found.append(Part(part.index, part.inside, value, scale))
     return found
 

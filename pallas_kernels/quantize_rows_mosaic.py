@@ -22,6 +22,7 @@ def quantize_rows_pallas(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
             store(row, load_chunk(row, source.skip(number, row.row_bytes), first), out, scales, number)
 
     def quantize_rows(*refs):
+        simt.follow()
         simt.program(program, *refs)
 
     values, scales = plgpu.kernel(

@@ -29,6 +29,12 @@ def program(function: Callable[..., None], *refs: Any) -> None:
     inlined(*refs)
 
 
+def follow() -> None:
+    """Programmatic dependent launch: wait for what the kernel before this one wrote, then let the next one start."""
+    plgpu.griddepcontrol_wait()
+    plgpu.griddepcontrol_launch_dependents()
+
+
 class Word:
     """A 32-bit integer (or, from a comparison, one bit) of one thread. Division and remainder take it as unsigned."""
 

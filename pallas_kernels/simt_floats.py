@@ -44,6 +44,10 @@ class Float:
         """Rounded to nearest: what the compiler makes of a division else is 2 units in the last place off."""
         return Float(_ptx("div.rn.f32 $0, $1, $2;", self, other))
 
+    def reciprocal(self) -> "Float":
+        """1 / this, rounded to nearest."""
+        return Float(_constant(1.0)) / self
+
     def times(self, factor: float) -> "Float":
         return Float(arith.mulf(self.value, _constant(factor)))
 
@@ -52,7 +56,7 @@ class Float:
 
     def rsqrt(self) -> "Float":
         """1 / sqrt, both rounded to nearest."""
-        return Float(_constant(1.0)) / Float(_ptx("sqrt.rn.f32 $0, $1;", self))
+        return Float(_ptx("sqrt.rn.f32 $0, $1;", self)).reciprocal()
 
     def rounded(self, element: Any) -> "Float":
         """To what a shorter float holds."""

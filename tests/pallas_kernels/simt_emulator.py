@@ -146,6 +146,9 @@ class Float:
     def rsqrt(self):
         return Float(np.float32(1) / np.sqrt(self.value))
 
+    def reciprocal(self):
+        return Float(np.float32(1) / self.value)
+
     def rounded(self, element):
         return Float(self.value.astype(element).astype(np.float32))
 
@@ -331,5 +334,6 @@ def install(monkeypatch) -> None:
     monkeypatch.setattr(simt, "thread", lambda: Word(np.arange(THREADS, dtype=np.int32)))
     monkeypatch.setattr(simt, "warp", warp)
     monkeypatch.setattr(simt, "block", lambda: Word(np.full(THREADS, MACHINE.block, np.int32)))
+    monkeypatch.setattr(simt, "follow", lambda: None)
     monkeypatch.setattr(simt, "warp_barrier", lambda: None)
     monkeypatch.setattr(simt, "words_of", lambda value: [Word(column) for column in value.T])

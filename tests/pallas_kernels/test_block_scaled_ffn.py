@@ -33,10 +33,10 @@ def oracle(rows, local_idx, topk_weights, *params):
     """Float64, one row and one choice at a time; rounded to float8 where the definition says so."""
 
     def rounded(x):
-        values, scales = quantize_rows(np.float32(x))
+        values, scales = jax.jit(quantize_rows)(np.float32(x))
         return np.asarray(values, np.float64) * np.repeat(np.asarray(scales, np.float64), 128)[: len(x)]
 
-    gate, up, down = (np.asarray(w.dequantize(), np.float64) for w in params)
+    gate, up, down = (np.asarray(jax.jit(BlockScaled.dequantize)(w), np.float64) for w in params)
     out = np.zeros(rows.shape)
     for r, experts in enumerate(local_idx):
         x = rounded(rows[r])
@@ -117,7 +117,9 @@ def test_rows_and_experts_that_nobody_chose_do_not_leak(implementation):
 
 def test_expert_ffn_takes_them():
     arguments = (*batch(3, 2), *weights())
-    np.testing.assert_array_equal(expert_ffn(*arguments, implementation="xla"), run("xla")(*arguments))
+    np.testing.assert_array_equal(
+        jax.jit(functools.partial(expert_ffn, implementation="xla"))(*arguments), run("xla")(*arguments)
+    )
 
 
 def test_what_does_not_belong_together_is_refused():

@@ -1,5 +1,6 @@
 """grouped_matmul and gated_grouped_matmul in every form, against numpy in float64."""
 
+import functools
 import importlib.util
 import itertools
 
@@ -20,13 +21,13 @@ interpreted = pytest.mark.skipif(
 )
 
 
-def arrays(sizes, *, parts=1, align=1, dtype=jnp.float32, num_in=NUM_IN, num_out=NUM_OUT, seed=0):
-    """Rows (NaN where they are of no group), weights, row weights, sizes and starts."""
+def arrays(sizes, *, parts=1, align=1, dtype=jnp.float32, num_in=NUM_IN, num_out=NUM_OUT, seed=0, least=8):
+    """`least` rows or more (NaN where they are of no group), weights, row weights, sizes and starts."""
     rng = np.random.default_rng(seed)
     sizes = np.asarray(sizes, np.int32)
     spans = -(-sizes // align) * align
     starts = (np.cumsum(spans) - spans).astype(np.int32)
-    num_rows = max(int(spans.sum()), 8)
+    num_rows = max(int(spans.sum()), least)
     rows = np.full((num_rows, num_in), np.nan)
     for start, size in zip(starts, sizes, strict=True):
         rows[start : start + size] = rng.normal(size=(size, num_in))
@@ -52,17 +53,27 @@ def op_of(weights):
     return grouped_matmul if len(weights) == 1 else gated_grouped_matmul
 
 
+@functools.cache
+def compiled(parts, implementation, started):
+    """One program for every pattern of sizes."""
+
+    def run(rows, weights, row_weights, sizes, starts):
+        given = starts if started else None
+        return op_of(weights)(
+            rows, *weights, sizes, group_starts=given, row_weights=row_weights, implementation=implementation
+        )
+
+    return jax.jit(run)
+
+
 @pytest.mark.parametrize("implementation", FORMS)
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("align", [1, 8])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_against_float64(sizes, align, parts, implementation):
-    rows, weights, row_weights, sizes, starts = arrays(sizes, parts=parts, align=align)
-    want, heard = truth(rows, weights, row_weights, sizes, starts)
-    given = None if align == 1 else starts
-    got = op_of(weights)(
-        rows, *weights, sizes, group_starts=given, row_weights=row_weights, implementation=implementation
-    )
+    made = arrays(sizes, parts=parts, align=align, least=64)
+    want, heard = truth(*made)
+    got = compiled(parts, implementation, align != 1)(*made)
     np.testing.assert_allclose(np.asarray(got)[heard], want[heard], rtol=1e-4, atol=1e-5)
     if implementation == "xla":
         assert not np.asarray(got)[~heard].any()
@@ -85,9 +96,9 @@ def test_every_pattern_of_empty_groups():
 @pytest.mark.parametrize(
     ("sizes", "align", "parts", "blocks"),
     [
-        (SIZES[0], 1, 1, GroupedBlocks(8, 64, 64, 2, 1)),
-        (SIZES[0], 8, 2, GroupedBlocks(16, 128, 64, 2, 2)),
-        (SIZES[2], 1, 1, GroupedBlocks(16, 128, 64, 3, 1)),
+        ([3, 0, 9, 1], 1, 1, GroupedBlocks(8, 64, 64, 2, 1)),
+        ([0, 5, 0, 17], 8, 2, GroupedBlocks(16, 128, 64, 2, 2)),
+        ([0, 20, 0], 1, 1, GroupedBlocks(16, 128, 64, 3, 1)),
     ],
 )
 def test_mosaic_interpreted(sizes, align, parts, blocks):
@@ -110,15 +121,18 @@ def test_mosaic_interpreted(sizes, align, parts, blocks):
 def test_block_scaled_weights(parts):
     rng = np.random.default_rng(3)
     sizes = jnp.asarray([3, 0, 9], jnp.int32)
-    made = [quantize_blocks(jnp.asarray(rng.normal(size=(3, 192, 256)), jnp.float32)) for _ in range(parts)]
-    values, scales = quantize_rows(jnp.asarray(rng.normal(size=(12, 256)), jnp.float32))
-    dense = [jnp.swapaxes(w.dequantize(), 1, 2) for w in made]
-    rows = values.astype(jnp.float32) * jnp.repeat(scales, 128, axis=1)
+    quantize = jax.jit(quantize_blocks)
+    made = [quantize(jnp.asarray(rng.normal(size=(3, 192, 256)), jnp.float32)) for _ in range(parts)]
+    values, scales = jax.jit(quantize_rows)(jnp.asarray(rng.normal(size=(12, 256)), jnp.float32))
+    dense = [np.swapaxes(jax.jit(lambda w: w.dequantize())(w), 1, 2) for w in made]
+    rows = np.asarray(values, np.float32) * np.repeat(scales, 128, axis=1)
     want, _ = truth(rows, dense, np.ones(12), sizes, np.asarray([0, 3, 3]))
     for implementation in FORMS:
-        got = op_of(made)(
-            values, *made, sizes, rows_scales=scales, out_dtype=jnp.float32, implementation=implementation
+        options = {"out_dtype": jnp.float32, "implementation": implementation}
+        run = jax.jit(
+            lambda values, made, scales, o=options: op_of(made)(values, *made, sizes, rows_scales=scales, **o)
         )
+        got = run(values, made, scales)
         np.testing.assert_allclose(np.asarray(got), want, rtol=1e-4, atol=1e-3 * np.abs(want).max())
 
 
@@ -129,7 +143,7 @@ def test_gradient_hears_no_row_of_no_group():
         out = grouped_matmul(rows, weights, sizes, group_starts=starts, implementation="xla")
         return jnp.sum(out**2)
 
-    by_row, by_weight = jax.grad(loss, (0, 1))(rows, weights[0])
+    by_row, by_weight = jax.jit(jax.grad(loss, (0, 1)))(rows, weights[0])
     out, heard = truth(rows, weights, np.ones(len(rows)), sizes, starts)
     assert np.isfinite(np.asarray(by_row)).all() and not np.asarray(by_row)[~heard].any()
     own = slice(int(starts[2]), int(starts[2] + sizes[2]))

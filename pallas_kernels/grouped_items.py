@@ -1,0 +1,108 @@
+"""How the blocks of a grouped product share out the work: items of (expert, columns, rows), taken in turn."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jmoe.pallas_kernels.grouped_blocks import UNIT
+from jmoe.pallas_kernels.grouped_matmul_threads import find_expert, line_up_items
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One item of a block's walk; scalars.
+
+    Attributes:
+      expert: whose weights.
+      tile: block of columns.
+      first: row that its rows start at, a multiple of 8: TMA takes tiles of 8 rows, and would fill zeros in.
+      skipped: rows at its begin that aren't meant; meant: rows behind them that are.
+      step: steps of this thread block before it.
+    """
+
+    expert: Any
+    tile: Any
+    first: Any
+    skipped: Any
+    meant: Any
+    step: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Where the groups stand, as one warpgroup sees it.
+
+    Attributes:
+      num_experts, block_rows, tiles, num_rows: static; tiles: blocks of columns.
+      sizes, starts: in global memory; starts may be None.
+      words: of `line_up_items`, this warpgroup's; None in the interpreter, which has no single threads.
+    """
+
+    num_experts: int
+    block_rows: int
+    tiles: int
+    num_rows: int
+    sizes: Any
+    starts: Any
+    words: Any
+
+    def line_up(self) -> None:
+        """Reads sizes and starts; before anything else."""
+        if self.words is not None:
+            groups = (self.sizes,) if self.starts is None else (self.sizes, self.starts)
+            line_up_items(self.num_experts, self.block_rows, self.tiles, self.words, *groups)
+
+    def walk(self, block: Any, num_sms: int, steps: int, visit: Callable[[Item], None]) -> Any:
+        """visit(item) for every num_sms-th item from the block's first one; returns the steps of all of them."""
+
+        def body(state):
+            item, (expert, base, size, start), step = state
+            others = lax.rem(start, jnp.int32(UNIT))
+            blocks = lax.div(size + others + (self.block_rows - 1), jnp.int32(self.block_rows))
+            tile, row_block = lax.div(item - base, blocks), lax.rem(item - base, blocks)
+            begin = start - others + row_block * self.block_rows
+            skipped = jnp.where(row_block == 0, others, 0)
+            end = jnp.minimum(size + others - row_block * self.block_rows, self.block_rows)
+            first = jnp.minimum(begin, self.num_rows - self.block_rows)  # no block reaches behind the last row
+            first = pl.multiple_of(first, UNIT)
+            visit(Item(expert, tile, first, begin - first + skipped, end - skipped, step))
+            item = item + num_sms
+            return item, self._of(item), step + steps
+
+        start = (block, self._of(block), jnp.int32(0))
+        return lax.while_loop(lambda state: state[1][0] < self.num_experts, body, start)[2]
+
+    def _of(self, item: Any) -> tuple[Any, ...]:
+        """(expert, its first item, size, start); behind the last item the expert is num_experts."""
+        if self.words is None:
+            return self._interpreted(item)
+        expert = find_expert(self.num_experts, self.words, item)
+        return expert, *(self.words[row, expert] for row in range(3))
+
+    def _interpreted(self, item: Any) -> tuple[jax.Array, ...]:
+        """The same, an expert after the other."""
+
+        def size_and_start(expert, before):
+            here = jnp.minimum(expert, self.num_experts - 1)
+            return self.sizes[here], before if self.starts is None else self.starts[here]
+
+        def items(size, start):
+            blocks = lax.div(size + lax.rem(start, jnp.int32(UNIT)) + (self.block_rows - 1), jnp.int32(self.block_rows))
+            return jnp.where(size > 0, blocks * self.tiles, 0)
+
+        def passes(state):
+            expert, base, before = state
+            return (expert < self.num_experts) & (item >= base + items(*size_and_start(expert, before)))
+
+        def step(state):
+            expert, base, before = state
+            size, start = size_and_start(expert, before)
+            return expert + 1, base + items(size, start), before + size
+
+        expert, base, before = lax.while_loop(passes, step, (jnp.int32(0), jnp.int32(0), jnp.int32(0)))
+        return expert, base, *size_and_start(expert, before)

@@ -1,0 +1,173 @@
+"""What a warpgroup of the grouped products' kernel does with one item: wgmma, SwiGLU, the rows' weights, out."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jmoe.pallas_kernels.grouped_items import Item
+from jmoe.pallas_kernels.grouped_matmul import SCALED
+from jmoe.pallas_kernels.grouped_matmul_threads import load_by_row, store_rows
+
+LAYOUT = plgpu.Layout.WGMMA
+TURNED = plgpu.Layout.WGMMA_TRANSPOSED  # pairs along M: what is stored by rows
+BY_ROW = LAYOUT.reduce(0)
+HALF = 64  # columns of one wgmma, and of one tile of the result
+accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiplier:
+    """One consumer's view of the kernel.
+
+    Attributes:
+      shape: the `Product`.
+      own: number of this consumer.
+      steps: of an item.
+      weights_s, rows_s, full, free: the stages of the pipeline.
+      out_s: `[consumers, block_rows, HALF]`.
+      row_weights_g, out_g: in global memory; scales: (rows' scales, of each part the weights' scales).
+    """
+
+    shape: Any
+    own: Any
+    steps: int
+    weights_s: Any
+    rows_s: Any
+    out_s: Any
+    full: Any
+    free: Any
+    row_weights_g: Any
+    scales: tuple[Any, tuple[Any, ...]]
+    out_g: Any
+
+    @property
+    def halves(self) -> int:
+        return self.shape.share // HALF
+
+    def visit(self, item: Item) -> None:
+        """The item's columns of this consumer, HALF at a time."""
+        shape, rows = self.shape, self.shape.blocks.block_rows
+        found = (self._scaled_products if shape.small else self._products)(item)
+        by_row = None if self.row_weights_g is None else self._factors(self.row_weights_g, item.first)
+        for half in range(self.halves):
+            gate, *up = found[half :: self.halves]
+            out = gate / (1 + jnp.exp(-gate)) * up[0] if up else gate
+            if by_row is not None:
+                out = out * lax.broadcast_in_dim(by_row, (HALF, rows), (1,))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.out_s.at[self.own].T[...] = plgpu.layout_cast(out.astype(shape.out_dtype), TURNED)
+            plgpu.commit_smem()
+            self._store(item, item.tile * shape.blocks.block_out + self.own * shape.share + half * HALF)
+
+    def _side(self, slot: Any, part: int, half: int) -> Any:
+        """Weights of one wgmma: `[HALF, block_in]`."""
+        columns = pl.ds(self.own * self.shape.share + half * HALF, HALF)
+        if self.shape.small:
+            return self.weights_s.at[slot, part, columns]
+        return self.weights_s.at[slot, part, :, columns].T
+
+    def _sums(self) -> list[tuple[int, int]]:
+        return [(part, half) for part in range(self.shape.parts) for half in range(self.halves)]
+
+    def _products(self, item: Item) -> tuple[Any, ...]:
+        """[HALF, block_rows] float32 for each part and half."""
+        stages, steps = jnp.int32(self.shape.stages), self.steps
+
+        def sums(*accs):
+            def step(k, _):
+                slot = lax.rem(item.step + k, stages)
+                plgpu.barrier_wait(self.full.at[slot])
+                for (part, half), acc in zip(self._sums(), accs, strict=True):
+                    plgpu.wgmma(acc, self._side(slot, part, half), self.rows_s.at[slot].T)
+                plgpu.wgmma_wait(len(accs))  # of the step before this one nothing is still read
+
+                @pl.when(k > 0)
+                def _():
+                    plgpu.barrier_arrive(self.free.at[lax.rem(item.step + k - 1, stages)])
+
+            lax.fori_loop(0, steps, step, None)
+            return tuple(acc[...] for acc in accs)
+
+        kind = accumulator((HALF, self.shape.blocks.block_rows), jnp.float32)
+        found: Any = pl.run_scoped(sums, *[kind] * len(self._sums()))
+        plgpu.barrier_arrive(self.free.at[lax.rem(item.step + steps - 1, stages)])
+        return found
+
+    def _factors(self, source: Any, first: Any, column: Any = 0) -> Any:
+        """source[first : first + block_rows, column], a factor of each row."""
+        rows = self.shape.blocks.block_rows
+        if not self.shape.interpret:
+            return load_by_row(source, rows, first, jnp.int32(column))
+        cells = source.at[pl.ds(first, rows)]
+        cells = cells if len(source.shape) == 1 else cells.at[:, column]
+        return plgpu.load(cells, layout=BY_ROW, optimized=False)  # pyright: ignore[reportCallIssue]
+
+    def _scaled_products(self, item: Item) -> tuple[Any, ...]:
+        """The same; every 128 terms are summed by themselves and scaled: wgmma's float8 sums keep few bits."""
+        stages, b = jnp.int32(self.shape.stages), self.shape.blocks
+        size, sums = (HALF, b.block_rows), self._sums()
+        by_row_g, by_block_g = self.scales
+        first = item.tile * b.block_out + self.own * self.shape.share
+        at_once = len(sums) if len(sums) * b.block_rows <= 160 else 1  # sums beside their totals in the registers
+
+        def factors(k):
+            """Of a step: by row, and of each sum the weights' block."""
+            blocks = [by_block_g[part][item.expert, lax.div(first + half * HALF, SCALED), k] for part, half in sums]
+            return self._factors(by_row_g, item.first, k), *blocks
+
+        def step(k, state):
+            totals, (by_row, *by_block) = state
+            ahead = factors(jnp.minimum(k + 1, self.steps - 1))  # asked for a step before they are needed
+            slot = lax.rem(item.step + k, stages)
+            plgpu.barrier_wait(self.full.at[slot])
+            new = []
+            for start in range(0, len(sums), at_once):
+
+                def product(*accs, start=start):
+                    for (part, half), acc in zip(sums[start:], accs, strict=False):
+                        plgpu.wgmma(acc, self._side(slot, part, half), self.rows_s.at[slot].T)
+                    return tuple(acc[...] for acc in accs)
+
+                found: Any = pl.run_scoped(product, *[accumulator(size, jnp.float32)] * at_once)
+                if start + at_once == len(sums):
+                    plgpu.barrier_arrive(self.free.at[slot])
+                for n, product_sum in enumerate(found, start):
+                    new.append(totals[n] + product_sum * lax.broadcast_in_dim(by_row * by_block[n], size, (1,)))
+            return tuple(new), ahead
+
+        none = plgpu.layout_cast(jnp.zeros(size, jnp.float32), LAYOUT)
+        return lax.fori_loop(0, self.steps, step, ((none,) * len(sums), factors(0)))[0]
+
+    def _store(self, item: Item, column: Any) -> None:
+        """The tile in out_s to rows of the group and columns from `column` on."""
+        shape, rows = self.shape, self.shape.blocks.block_rows
+        tile = self.out_s.at[self.own]
+        if shape.interpret:
+            self._store_pieces(item, column)
+            return
+
+        @pl.when(item.meant == rows)
+        def _():
+            plgpu.copy_smem_to_gmem(tile, self.out_g.at[pl.ds(item.first, rows), pl.ds(column, HALF)])
+
+        @pl.when(item.meant < rows)
+        def _():
+            scalars = item.first, item.skipped, item.meant, column
+            store_rows(tile, self.out_g, shape.out_transforms, HALF, *scalars)
+
+    def _store_pieces(self, item: Item, column: Any) -> None:
+        """The interpreter's: it has no single threads. Pieces of a power of two rows, the largest first."""
+        size = 1 << (self.shape.blocks.block_rows.bit_length() - 1)
+        while size:
+
+            @pl.when((item.meant & size) != 0)
+            def _(size=size):
+                done = item.skipped + (item.meant & ~(2 * size - 1))
+                cells = pl.ds(item.first + done, size), pl.ds(column, HALF)
+                plgpu.copy_smem_to_gmem(self.out_s.at[self.own, pl.ds(done, size)], self.out_g.at[cells])
+
+            size //= 2
