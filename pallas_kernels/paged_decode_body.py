@@ -13,11 +13,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels import paged_decode_plan as planning
+from jmoe.pallas_kernels import paged_decode_share as sharing
 from jmoe.pallas_kernels import simt
-from jmoe.pallas_kernels.paged_decode_plan import MASKED, UNIT, Decode
+from jmoe.pallas_kernels.grouped_matmul_threads import load_by_row
+from jmoe.pallas_kernels.paged_decode_plan import MASKED, PIECES, TILE, TILE_UNITS, UNIT, Decode
 
-TILE_UNITS = 4  # 64 tokens: wgmma's M
-TILE = UNIT * TILE_UNITS
 LOG2E = math.log2(math.e)
 LAYOUT = plgpu.Layout.WGMMA
 TURNED = plgpu.Layout.WGMMA_TRANSPOSED  # the same, by columns: what is stored transposed
@@ -50,21 +50,17 @@ def body_of(shape: Decode):
     def body(
         q_g, k_g, v_g, table_g, start_g, tokens_g, k_scale_g, v_scale_g, sinks_g, plan_g,
         out_g, acc_g, ml_g, counters_g,
-        k_s, v_s, wide_s, q_s, p_s, o_s, words_s, k_full, v_full, k_free, v_free,
+        k_s, v_s, wide_s, q_s, p_s, o_s, words_s, k_full, v_full, k_free, v_free, planned,
     ):  # fmt: skip
         stream, role = lax.axis_index("stream"), lax.axis_index("wg")
-        if shape.interpret:
-            begin = [plan_g[stream, word] for word in range(4)]
-        else:
+        if not shape.interpret:
             plgpu.griddepcontrol_wait()
             plgpu.griddepcontrol_launch_dependents()
-            make = planning.plan_program(shape.rows, shape.num_streams, num_kv_heads, window, tokens_g is not None)
-            simt.program(make, start_g, *([] if tokens_g is None else [tokens_g]), words_s.at[role])
-            begin = [words_s[role, word] for word in range(4)]
-        first_row, first_unit, count, share = begin
         head = lax.rem(stream, jnp.int32(num_kv_heads))
+        counters = None if shape.interpret else counters_g.at[head]
 
         def bounds_of(row):
+            row = jnp.minimum(row, shape.rows - 1)
             return planning.bounds(start_g[row], 1 if tokens_g is None else tokens_g[row], window)
 
         def place(row):
@@ -73,23 +69,23 @@ def body_of(shape: Decode):
             start = jnp.minimum(want, shape.flat_rows - n)
             return start, want - start
 
-        def walk(fetch, piece):
-            """piece(row, unit, length, fetched, tile) for every piece; how many tiles there were."""
+        def see(claim):
+            """Row and piece of a claim of this stream."""
+            if shape.interpret:
+                word = plan_g[lax.div(stream, jnp.int32(num_kv_heads)), claim]
+            else:
+                simt.program(sharing.see_program, words_s, words=(claim,))
+                word = lax.div(words_s[lax.rem(claim, jnp.int32(sharing.TAGS))], jnp.int32(sharing.TAGS))
+            return lax.div(word, jnp.int32(PIECES)), lax.rem(word, jnp.int32(PIECES))
 
-            def step(state):
-                row, unit, left, tile, fetched = state
-                ahead = fetch(jnp.minimum(row + 1, shape.rows - 1))
-                length = jnp.minimum(fetched[0][2] - unit, left)
-                piece(row, unit, length, fetched, tile)
-                return row + 1, jnp.int32(0), left - length, tile + _num_tiles(length), ahead
-
-            start = (first_row, first_unit, count, jnp.int32(0), fetch(first_row))
-            return lax.while_loop(lambda state: state[2] > 0, step, start)[3]
+        def part(units, index):
+            """First unit of a row's piece, how many, and how many pieces the row has."""
+            count, length = shape.cuts.of(units)
+            return index * length, jnp.minimum(length, units - index * length), count
 
         @pl.when(role == 1)
         def _load():
-            def piece(row, unit, length, fetched, tile):
-                base = lax.div(fetched[0][0], jnp.int32(UNIT)) + unit
+            def piece(row, base, length, tile):
 
                 def load(i, _):
                     slot = lax.rem(tile + i, jnp.int32(stages))
@@ -110,7 +106,26 @@ def body_of(shape: Decode):
 
                 lax.fori_loop(0, _num_tiles(length), load, None)
 
-            num_tiles = walk(lambda row: (bounds_of(row),), piece)
+            def claim():
+                if not shape.interpret:
+                    simt.program(sharing.claim_program(shape), words_s, counters)
+
+            def step(state):
+                at, tile, (row, index), (low, _, units) = state
+                claim()
+                unit, length, _ = part(units, index)
+                piece(row, lax.div(low, jnp.int32(UNIT)) + unit, length, tile)
+                ahead = see(at + 1)
+                return at + 1, tile + _num_tiles(length), ahead, bounds_of(ahead[0])
+
+            if not shape.interpret:
+                plan = sharing.plan_program(shape, tokens_g is not None)
+                simt.program(plan, start_g, *([] if tokens_g is None else [tokens_g]), words_s)
+                plgpu.barrier_arrive(planned)
+            claim()
+            first = see(jnp.int32(0))
+            start = jnp.int32(0), jnp.int32(0), first, bounds_of(first[0])
+            num_tiles = lax.while_loop(lambda state: state[2][0] < shape.rows, step, start)[1]
             for last in range(1, stages + 1):  # nobody leaves while another may still arrive
 
                 @pl.when(num_tiles >= last)
@@ -122,67 +137,52 @@ def body_of(shape: Decode):
         @pl.when(role == 0)
         def _compute():
             if not shape.interpret:
-                simt.program(planning.open_counter, words_s.at[0], counters_g.at[stream])
+                simt.program(sharing.open_program(shape), counters)
+                plgpu.barrier_wait(planned)
             scale = k_scale_g[0] * (head_dim**-0.5 * LOG2E)
 
             def fetch(row):
-                rows = pl.ds(place(row)[0], n)
+                rows = pl.ds(place(jnp.minimum(row, shape.rows - 1))[0], n)
                 return bounds_of(row), plgpu.load(q_g.at[rows].T, (), layout=TURNED, optimized=False)
+
+            def sinks_of(first):
+                if shape.interpret:
+                    return plgpu.load(sinks_g.at[pl.ds(first, n)], (), layout=BY_HEAD, optimized=False)
+                return load_by_row(sinks_g, n, first, jnp.int32(0))
 
             def write(row, acc, m, total):
                 """total [n], already summed."""
                 skipped = place(row)[1]
                 if sinks_g is not None:
-                    own = pl.ds(n + head * group - skipped, n)
-                    total = total + jnp.exp2(plgpu.load(sinks_g.at[own], (), layout=BY_HEAD, optimized=False) - m)
+                    total = total + jnp.exp2(sinks_of(n + head * group - skipped) - m)
                 out = acc * _down(v_scale_g[0] / total, head_dim)
                 o_s.T[...] = plgpu.layout_cast(out.astype(shape.out_dtype), TURNED)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(o_s.at[pl.ds(skipped, group)], out_g.at[row, pl.ds(head * group, group)])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-            def partial(row_range, first_range):
-                at = row_range * num_kv_heads + head, jnp.where(row_range == first_range, 1, 0)
-                m, total = (plgpu.load(ml_g.at[*at, i], (), layout=BY_HEAD, optimized=False) for i in (0, 1))
-                return plgpu.load(acc_g.at[at], (), layout=LAYOUT, optimized=False), m, total
+            def partial(row, index):
+                m, total = (plgpu.load(ml_g.at[row, head, index, i], (), layout=BY_HEAD, optimized=False) for i in (0, 1))
+                return plgpu.load(acc_g.at[row, head, index], (), layout=LAYOUT, optimized=False), m, total
 
-            def merge(row, start, units, owner_word):
+            def meet(row):
                 """If this stream came last: all pieces of the row, in order, the next on its way while one is added."""
-                first_range, last_range = lax.div(start, share), lax.div(start + units - 1, share)
+                count = part(bounds_of(row)[2], jnp.int32(0))[2]
+                simt.program(sharing.arrive_program, counters, words_s, words=(row,))
 
                 def add(i, carry):
                     (acc, m, total), (acc_i, m_i, total_i) = carry
-                    ahead = partial(jnp.minimum(i + 1, last_range), first_range)
+                    ahead = partial(row, jnp.minimum(i + 1, count - 1))
                     m_new = jnp.maximum(m, m_i)
                     old, new = jnp.exp2(m - m_new), jnp.exp2(m_i - m_new)
                     acc = acc * _down(old, head_dim) + acc_i * _down(new, head_dim)
                     return (acc, m_new, total * old + total_i * new), ahead
 
-                @pl.when(words_s[0, owner_word] == last_range - first_range)
+                @pl.when(words_s[sharing.FOUND] == count - 1)
                 def _():
-                    owner = first_range * num_kv_heads + head
-                    counters_g[owner, 0] = 0
-                    counters_g[owner, 1] = 0
-                    begin = partial(first_range, first_range)
-                    ahead = partial(first_range + 1, first_range)
-                    (acc, m, total), _ = lax.fori_loop(first_range + 1, last_range + 1, add, (begin, ahead))
+                    begin = partial(row, jnp.int32(0)), partial(row, jnp.int32(1))
+                    (acc, m, total), _ = lax.fori_loop(1, count, add, begin)
                     write(row, acc, m, total)
-
-            def meet():
-                """The rows that this stream shares, once its own part is done: nothing waits for memory before that."""
-                start = lax.div(stream, jnp.int32(num_kv_heads)) * share - first_unit
-                owner = lax.div(start, share) * num_kv_heads + head
-                simt.program(planning.arrive, words_s.at[0], counters_g.at[owner], counters_g.at[stream])
-
-                @pl.when((first_unit > 0) & (count > 0))
-                def _():
-                    merge(first_row, start, bounds_of(first_row)[2], planning.EARLIER)
-
-                cut_row, cut_start, cut_units = (words_s[0, planning.CUT_ROW + i] for i in range(3))
-
-                @pl.when(cut_row >= 0)
-                def _():
-                    merge(cut_row, cut_start, cut_units, planning.EARLIER + 1)
 
             def widened(pages, slot, free, end):
                 """Float8 pages as wgmma reads them, zeros from `end` on."""
@@ -225,8 +225,10 @@ def body_of(shape: Decode):
 
                 return v_s.at[slot]
 
-            def piece(row, unit, length, fetched, tile):
+            def piece(row, index, fetched, tile):
+                """How many tiles it was, and whether it was the whole row."""
                 (low, high, units), queries = fetched
+                unit, length, count = part(units, index)
                 if shape.small_pages:
                     queries = (queries.astype(jnp.float32) * scale).astype(dtype)
                 q_s.T[...] = queries
@@ -263,20 +265,36 @@ def body_of(shape: Decode):
                 acc, m, total = lax.fori_loop(0, _num_tiles(length), attend, none)
                 total = total.sum(axis=0)
 
-                @pl.when(length == units)
+                @pl.when(count == 1)
                 def _():
                     write(row, acc, m, total)
 
-                @pl.when(length < units)
+                @pl.when(count > 1)
                 def _():
-                    kept = jnp.where(unit > 0, 0, 1)
-                    acc_g[stream, kept] = acc
-                    ml_g[stream, kept, 0] = m
-                    ml_g[stream, kept, 1] = total
+                    acc_g[row, head, index] = acc
+                    ml_g[row, head, index, 0] = m
+                    ml_g[row, head, index, 1] = total
 
-            walk(fetch, piece)
+                return _num_tiles(length), count == 1
+
+            def meet_if(owed):
+                if not shape.interpret:
+                    pl.when(owed >= 0)(lambda: meet(owed))
+
+            def step(state):
+                """What a piece left is counted a piece later, when it has long arrived: nothing waits for memory."""
+                at, tile, (row, index), fetched, owed = state
+                ahead = see(at + 1)
+                fetched_ahead = fetch(ahead[0])
+                tiles, whole = piece(row, index, fetched, tile)
+                meet_if(owed)
+                return at + 1, tile + tiles, ahead, fetched_ahead, jnp.where(whole, -1, row)
+
+            first = see(jnp.int32(0))
+            start = jnp.int32(0), jnp.int32(0), first, fetch(first[0]), jnp.int32(-1)
+            meet_if(lax.while_loop(lambda state: state[2][0] < shape.rows, step, start)[4])
             if not shape.interpret:
-                meet()
+                simt.program(sharing.leave_program(shape), counters)
             plgpu.wait_smem_to_gmem(0)
 
     return body

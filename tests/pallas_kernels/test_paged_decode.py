@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels import paged_attention as public
 from jmoe.pallas_kernels import paged_decode_plan as planning
+from jmoe.pallas_kernels import paged_decode_share as sharing
 from jmoe.pallas_kernels import simt
 from jmoe.pallas_kernels.paged_attention import paged_attention
 
@@ -32,53 +33,78 @@ def units_of(start_pos, num_tokens, window):
         yield max(1, -(-(start + tokens) // 16) - low // 16)
 
 
+def shape_of(rows, num_kv_heads=1, streams_of_head=3, window=None, max_pages=256):
+    heads = 2 * num_kv_heads, num_kv_heads
+    kinds = jnp.bfloat16, jnp.bfloat16
+    return planning.Decode(
+        rows, *heads, 64, 16, max_pages, streams_of_head * num_kv_heads, 2, window, None, *kinds, interpret=True
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("rows", "num_kv_heads", "ranges", "window", "with_tokens"),
-    [
-        (1, 1, 1, None, False),
-        (1, 1, 7, 100, True),
-        (3, 2, 5, 1, True),
-        (130, 8, 4, None, True),
-        (300, 1, 8, 100, False),
-    ],
+    ("rows", "num_kv_heads", "streams_of_head", "window", "with_tokens"),
+    [(1, 1, 1, None, False), (1, 2, 7, 1000, True), (3, 2, 5, 1, True), (130, 8, 4, None, True), (300, 1, 8, 100, False)],
 )
-def test_ranges_share_all_units_alike(monkeypatch, rows, num_kv_heads, ranges, window, with_tokens):
-    """Against a walk over a list of all units; the XLA form of the plan too."""
+def test_streams_claim_all_pieces_in_order(monkeypatch, rows, num_kv_heads, streams_of_head, window, with_tokens):
+    """Thread by thread, against a list of all pieces; the XLA form of the plan too."""
+    shape = shape_of(rows, num_kv_heads, streams_of_head, window)
     rng = np.random.default_rng(rows)
-    start_pos = rng.integers(0, 2000, rows).astype(np.int32)
+    start_pos = rng.integers(0, 4000, rows).astype(np.int32)
     num_tokens = rng.integers(0, 2, rows).astype(np.int32) if with_tokens else np.ones(rows, np.int32)
-    counts = list(units_of(start_pos, num_tokens, window))
-    units = [(row, unit) for row, n in enumerate(counts) for unit in range(n)]
-    share = -(-len(units) // ranges)
-    num_streams = ranges * num_kv_heads
+    units = np.array(list(units_of(start_pos, num_tokens, window)), np.int32)
+    counts, lengths = (np.asarray(a) for a in shape.cuts.of(jnp.asarray(units)))
+    assert (counts >= 1).all() and counts.max() <= shape.cuts.most and (lengths % planning.TILE_UNITS == 0).all()
+    assert ((counts - 1) * lengths < units).all() and (counts * lengths >= units).all()
+    pieces = [row * planning.PIECES + piece for row, count in enumerate(counts) for piece in range(count)]
+    end = rows * planning.PIECES
 
     simt_emulator.install(monkeypatch)
-    plan = planning.plan_program(rows, num_streams, num_kv_heads, window, with_tokens)
+    taken = []
+
+    def take(counters, index):
+        """The counter's place, without its marks."""
+        taken.append(counters.load(index))
+        counters.add(index, 1)
+        return taken[-1]
+
+    kept = []
+    monkeypatch.setattr(sharing, "_add", take)
+    monkeypatch.setattr(sharing, "_put", lambda words, at, value: kept.append(simt_emulator.lanes(value)[simt.WARP]))
+    plan, claim = sharing.plan_program(shape, with_tokens), sharing.claim_program(shape)
 
     def program(*pointers):
-        plan(*pointers[:-1], pointers[-1].skip(simt.block(), 4 * planning.WORDS))
+        plan(*pointers[:-2], pointers[-1])
+        for _ in range(3):
+            claim(pointers[-1], pointers[-2])
 
+    counters = np.zeros((1, sharing.num_counters(rows)), np.int32)
     run = plgpu.kernel(
         lambda *refs: simt.program(program, *refs),
-        out_type=jax.ShapeDtypeStruct((num_streams, planning.WORDS), jnp.int32),
-        grid=(num_streams,),
+        out_type=jax.ShapeDtypeStruct((sharing.num_words(rows),), jnp.int32),
+        grid=(shape.num_streams,),
     )
-    words = run(start_pos, *([num_tokens] if with_tokens else []))
-    plain = np.asarray(planning.decode_plan(start_pos, num_tokens, num_kv_heads, num_streams, window))
-    for stream in range(num_streams):
-        first = stream // num_kv_heads * share
-        mine = units[first : first + share]
-        assert words[stream, planning.COUNT] == plain[stream, planning.COUNT] == len(mine)
-        if not mine:
-            assert words[stream, planning.CUT_ROW] == -1
-            continue
-        assert words[stream, :4].tolist() == plain[stream, :4].tolist() == [*mine[0], len(mine), share]
-        row, unit = mine[-1]
-        if (row, 0) in mine and unit < counts[row] - 1:
-            cut = [row, units.index((row, 0)), counts[row]]
-            assert words[stream, planning.CUT_ROW : planning.CUT_UNITS + 1].tolist() == cut
-        else:
-            assert words[stream, planning.CUT_ROW] == -1
+    run(start_pos, *([num_tokens] if with_tokens else []), counters)
+    claims = np.array(kept).reshape(-1, 3)[::-1]  # blocks run last to first
+    assert (claims % sharing.TAGS == np.arange(3)).all()
+    found = claims // sharing.TAGS
+    first = np.arange(shape.num_streams) // num_kv_heads
+    want = np.array([*pieces, *[end] * (3 * shape.num_streams)])
+    assert found[:, 0].tolist() == want[first].tolist()
+    later = found[::-1, 1:].ravel()  # all heads share the one counter here
+    assert later.tolist() == want[streams_of_head : streams_of_head + later.size].tolist()
+    words = np.asarray(planning.decode_plan(start_pos, num_tokens, shape))
+    assert words.T.ravel()[: len(pieces)].tolist() == pieces and (words.T.ravel()[len(pieces) :] == end).all()
+    assert (words[:, -1] == end).all(), "a stream knows where it ends"
+
+
+def test_a_row_is_cut_alike_whatever_its_neighbours():
+    """And in more pieces the longer it is, never more than there is room for."""
+    shape = shape_of(4, 2, 33, max_pages=8192)
+    units = np.array([1, 16, 17, 70, 300, 8192], np.int32)
+    together = [np.asarray(a) for a in shape.cuts.of(jnp.asarray(units))]
+    alone = [[int(a) for a in shape.cuts.of(jnp.int32(n))] for n in units]
+    assert np.stack(together, axis=1).tolist() == alone
+    assert together[0].tolist() == [1, 1, 2, 5, 19, 33]
 
 
 @pytest.fixture
@@ -130,13 +156,6 @@ def test_the_kernel_interpreted(interpreted, heads, head_dim, page_len, dtype, o
     given = {**options, "sinks": None if sinks is None else jnp.asarray(sinks)}
     got = np.asarray(paged_attention(*arguments, **given, implementation="pallas"), np.float32)
     np.testing.assert_allclose(got, oracle(rounded(batch, dtype), **options), rtol=2e-2, atol=3e-2)
-
-
-def test_sinks_of_an_odd_number_of_query_heads_are_refused():
-    """On an H100 their vector load was misaligned."""
-    arguments = batch_of((1, 20), 1, 6, 2, 64, 16, 2).arguments("bfloat16")
-    with pytest.raises(ValueError, match="with sinks expected an even number of query heads a KV head, got 3"):
-        paged_attention(*arguments, sinks=jnp.asarray(SINKS), implementation="pallas")
 
 
 @pytest.mark.aot
