@@ -186,6 +186,7 @@ def body_of(shape: Decode):
 
             def widened(pages, slot, free, end):
                 """Float8 pages as wgmma reads them, zeros from `end` on."""
+                plgpu.commit_smem()  # other warps' last products may still read what stands there
                 for part in range(head_dim // 64):  # few at a time: 128 registers a thread for two streams an SM
                     own = pl.ds(part * 64, 64)
                     small = plgpu.load(pages.at[slot, :, own], (), layout=BYTES, optimized=False)

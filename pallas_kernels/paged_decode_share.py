@@ -7,21 +7,17 @@ the others wait for the marks, and the stream that ends last wipes them. A fill 
 1.5 us.
 """
 
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
-
-from jmoe.pallas_kernels import simt
+from jmoe.pallas_kernels import simt, simt_marks
 from jmoe.pallas_kernels.paged_decode_plan import LONGEST, PIECES, SHORTEST, TILE_UNITS, UNIT, Decode
 from jmoe.pallas_kernels.simt import WARP, Pointer, Word
 
 THREADS = 128
-MARKS = 0x6A6D6F65, 0x9E3779B9
 NEXT, DONE, ARRIVED = 2, 3, 4  # of a head's counters: behind the marks, and before one for each row
-TAGS = 16  # claims that may stand in the ring; more than a stream's tiles on their way and two
+TAG_BITS = 4
+TAGS = 1 << TAG_BITS  # claims that may stand in the ring; more than a stream's tiles on their way and two
 # A stream's words: tags and claims; the number of claims; the next claim's piece; found counts; sums of the warps; and
 # from ENDS on the number of pieces of all rows up to each.
 CLAIMS, PIECE, FOUND, SUMS, ENDS = 16, 17, 18, 20, 24
-MAX_POLLS = 1 << 22  # seconds; then the kernel fails
 
 
 def num_words(rows: int) -> int:
@@ -114,20 +110,14 @@ def claim_program(shape: Decode):
                 row, end = behind.select(middle + 1, row), behind.select(end, middle)
             before = (row < 1).select(0, words.load((row < 1).select(0, row - 1) + ENDS))
             first = (row < shape.rows).select(piece - before, 0)
-            _put(words, claim % TAGS, (row * PIECES + first) * TAGS + claim % TAGS)
+            simt_marks.put(words, claim % TAGS, (row * PIECES + first) * TAGS + claim % TAGS)
 
     return program
 
 
 def see_program(words: Pointer, claim: Word) -> None:
     """Waits until the ring holds that claim."""
-    text = (
-        f"{{ .reg .pred p, late; .reg .b32 a, left; mov.b32 left, {MAX_POLLS};\n"
-        "SEE: ld.acquire.cta.shared.b32 a, [$0]; sub.u32 left, left, 1;\n"
-        f"setp.eq.u32 late, left, 0; @late trap; and.b32 a, a, {TAGS - 1}; setp.ne.b32 p, a, $1; @p bra SEE; }}"
-    )
-    operands = [words.at(claim % TAGS, simt.i32()), (claim % TAGS).value]
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, "r,r,~{memory}", has_side_effects=True)
+    simt_marks.see(words, claim % TAGS, TAG_BITS, claim % TAGS)
 
 
 def open_program(shape: Decode):
@@ -141,11 +131,7 @@ def open_program(shape: Decode):
                     counters.store(thread + i, 0)
         simt.barrier()
         with simt.when(thread.equals(0) & (simt.block() < shape.num_kv_heads)):
-            counters.store(1, MARKS[1])
-            text = f"fence.acq_rel.gpu; st.release.gpu.global.b32 [$0], {MARKS[0]};"
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"), [counters.value], text, "l,~{memory}", has_side_effects=True
-            )
+            simt_marks.mark(counters)
 
     return program
 
@@ -166,26 +152,12 @@ def leave_program(shape: Decode):
         with simt.when((simt.thread() % THREADS).equals(0)):
             found = _add(counters, DONE)
             with simt.when(found.equals(shape.streams_of_head - 1)):
-                counters.store(0, 0)
-                counters.store(1, 0)
+                simt_marks.wipe(counters)
 
     return program
 
 
-def _put(words: Pointer, index: Word, value: Word) -> None:
-    """Stores a word in shared memory for those that `see` it."""
-    text, operands = "st.release.cta.shared.b32 [$0], $1;", [words.at(index, simt.i32()), value.value]
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, "r,r,~{memory}", has_side_effects=True)
-
-
 def _add(counters: Pointer, index: Word | int) -> Word:
     """Adds one once the counters are marked; what was there before."""
-    text = (
-        f"{{ .reg .pred p, q, late; .reg .b32 a, b, left; mov.b32 left, {MAX_POLLS};\n"
-        "WAIT: ld.acquire.gpu.global.b32 a, [$1]; ld.relaxed.gpu.global.b32 b, [$1+4];\n"
-        "sub.u32 left, left, 1; setp.eq.u32 late, left, 0; @late trap;\n"
-        f"setp.ne.b32 p, a, {MARKS[0]}; @p bra WAIT; setp.ne.b32 q, b, {MARKS[1]}; @q bra WAIT;\n"
-        "atom.acq_rel.gpu.global.add.u32 $0, [$2], 1; }"
-    )
-    operands = [counters.value, counters.at(index, simt.i32())]
-    return Word(llvm.inline_asm(simt.i32(), operands, text, "=r,l,l,~{memory}", has_side_effects=True))
+    simt_marks.wait(counters)
+    return simt_marks.add_one(counters, index)

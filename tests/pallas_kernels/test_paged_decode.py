@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jmoe.pallas_kernels import paged_attention as public
 from jmoe.pallas_kernels import paged_decode_plan as planning
 from jmoe.pallas_kernels import paged_decode_share as sharing
-from jmoe.pallas_kernels import simt
+from jmoe.pallas_kernels import simt, simt_marks
 from jmoe.pallas_kernels.paged_attention import paged_attention
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
@@ -69,7 +69,7 @@ def test_streams_claim_all_pieces_in_order(monkeypatch, rows, num_kv_heads, stre
 
     kept = []
     monkeypatch.setattr(sharing, "_add", take)
-    monkeypatch.setattr(sharing, "_put", lambda words, at, value: kept.append(simt_emulator.lanes(value)[simt.WARP]))
+    monkeypatch.setattr(simt_marks, "put", lambda words, at, value: kept.append(simt_emulator.lanes(value)[simt.WARP]))
     plan, claim = sharing.plan_program(shape, with_tokens), sharing.claim_program(shape)
 
     def program(*pointers):
