@@ -162,8 +162,9 @@ def body_of(shape: Decode):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             def partial(row, index):
-                m, total = (plgpu.load(ml_g.at[row, head, index, i], (), layout=BY_HEAD, optimized=False) for i in (0, 1))
-                return plgpu.load(acc_g.at[row, head, index], (), layout=LAYOUT, optimized=False), m, total
+                at = row, head, index
+                m, total = (plgpu.load(ml_g.at[*at, i], (), layout=BY_HEAD, optimized=False) for i in (0, 1))
+                return plgpu.load(acc_g.at[at], (), layout=LAYOUT, optimized=False), m, total
 
             def meet(row):
                 """If this stream came last: all pieces of the row, in order, the next on its way while one is added."""

@@ -9,7 +9,7 @@ from jmoe.pallas_kernels.paged_decode_body import LOG2E, body_of
 from jmoe.pallas_kernels.paged_decode_plan import MASKED, TILE, TILE_UNITS, Decode
 from jmoe.pallas_kernels.paged_decode_share import num_counters, num_words
 
-# Of pages under way in a stream, two streams an SM: 17 MB in all. 96 KB were slower in every case tried (by 0.5 to 2 %):
+# Of pages under way in a stream, two streams an SM: 17 MB in all. 96 KB were slower in every case tried (0.5 to 2 %):
 # requests wait in a longer queue, those of the partial results among them.
 RING_BYTES = 64 * 1024
 
@@ -42,7 +42,8 @@ def paged_decode(
     of_head = max(1, (num_streams or per_sm * num_sms) // num_kv_heads)
     shape = Decode(
         rows, num_heads, num_kv_heads, head_dim, page_len, page_table.shape[1], of_head * num_kv_heads,
-        stages or 2 * RING_BYTES // per_sm // tile_bytes, sliding_window, logit_soft_cap, k_pages.dtype, q.dtype, interpret,
+        stages or 2 * RING_BYTES // per_sm // tile_bytes, sliding_window, logit_soft_cap, k_pages.dtype, q.dtype,
+        interpret,
     )  # fmt: skip
     flat = q.reshape(rows * num_heads, head_dim)
     flat = jnp.pad(flat, ((0, shape.flat_rows - rows * num_heads), (0, 0)))

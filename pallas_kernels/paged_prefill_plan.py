@@ -1,8 +1,8 @@
 """Which thread block attends to what: the schedule of the prefill kernel, made on the device from lengths alone.
 
-An item is a block of queries of one sequence and a block of query heads of one KV head, with the KV tiles that it sees,
-or, where a call has few, one of equal parts of these tiles. How many parts follows from the row's own length and the
-call's sizes, never from the other rows: parts are added up by a merge, and where they meet shows in a result's last bit.
+An item is a block of queries of one sequence and a block of query heads of one KV head, with the KV tiles that it
+sees, or, where a call has few, one of equal parts of these tiles. How many parts follows from the row's own length and
+the call's sizes, never from the other rows: a merge adds parts up, and where they meet shows in a result's last bit.
 
 Items are ordered by sequence, KV head and query block (longest first). Whole items are dealt to the thread blocks in
 waves, so that blocks that run together read the same keys; as many waves as leave no block with more than its equal
@@ -134,9 +134,10 @@ class _Rows:
         return lead, count, low, -(-(pos + count) // self.tiles.kv_tile) - low
 
     def items(self, max_tokens: int) -> jax.Array:
-        """Fewer than 2 blocks' number of them have parts, and have fewer than 4 times that number, as `wanted` says."""
+        """`PrefillPlan.items`. By the choice of `wanted`, all that have parts have fewer than 4 a thread block."""
         queries = self.tiles.queries
-        max_items = ((max_tokens + (UNIT - 1) * self.rows) // queries + self.rows) * self.head_blocks + 4 * self.num_blocks
+        max_blocks = (max_tokens + (UNIT - 1) * self.rows) // queries + self.rows
+        max_items = max_blocks * self.head_blocks + 4 * self.num_blocks
         item = jnp.arange(max_items, dtype=jnp.int32)
         row = jnp.minimum(jnp.sum(self.ends[None, :] <= item[:, None], axis=1, dtype=jnp.int32), self.rows - 1)
         parts, blocks = self.parts[row], jnp.maximum(self.blocks[row], 1)

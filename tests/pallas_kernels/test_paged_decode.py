@@ -43,7 +43,7 @@ def shape_of(rows, num_kv_heads=1, streams_of_head=3, window=None, max_pages=256
 
 @pytest.mark.parametrize(
     ("rows", "num_kv_heads", "streams_of_head", "window", "with_tokens"),
-    [(1, 1, 1, None, False), (1, 2, 7, 1000, True), (3, 2, 5, 1, True), (130, 8, 4, None, True), (300, 1, 8, 100, False)],
+    [(1, 1, 1, None, False), (3, 2, 5, 1000, True), (130, 8, 4, None, True), (300, 1, 8, 100, False)],
 )
 def test_streams_claim_all_pieces_in_order(monkeypatch, rows, num_kv_heads, streams_of_head, window, with_tokens):
     """Thread by thread, against a list of all pieces; the XLA form of the plan too."""
