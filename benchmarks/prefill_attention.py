@@ -112,7 +112,8 @@ def lines(args: argparse.Namespace, around: Any) -> Iterator[str]:
         programs = [threads.submit(prepared, *setting) for setting in settings]
         dense = [name for name in args.cases.split(",") if not args.no_peers and len(CASES[name]) == 1]
         of_peers = [threads.submit(peers.prepared, *CASES[name][0]) for name in dense]
-        futures.wait([*programs, *of_peers])
+        futures.wait(programs)
+        futures.wait(of_peers)
     found = ceilings(around)
     yield ", ".join(f"{name} {value / 1e12:.2f}e12" for name, value in found.items())
     for setting, program in zip(settings, programs, strict=True):

@@ -7,7 +7,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jmoe.pallas_kernels import paged_decode_plan as planning
 from jmoe.pallas_kernels.paged_decode_body import LOG2E, body_of
 from jmoe.pallas_kernels.paged_decode_plan import MASKED, TILE, TILE_UNITS, Decode
-from jmoe.pallas_kernels.paged_decode_share import num_counters, num_words
+from jmoe.pallas_kernels.paged_decode_share import WORDS, num_counters
 
 # Of pages under way in a stream, two streams an SM: 17 MB in all. 96 KB were slower in every case tried (0.5 to 2 %):
 # requests wait in a longer queue, those of the partial results among them.
@@ -69,7 +69,7 @@ def _kernel(shape: Decode):
         tiling = plgpu.TilingTransform((8, 64))
         return plgpu.SMEM(sizes, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
-    pieces = shape.rows, shape.num_kv_heads, shape.cuts.most
+    pieces = shape.rows, shape.num_kv_heads, shape.most
     values = (TILE, head_dim) if shape.small_pages else (8, 64)  # where float8 values become float16
     return plgpu.kernel(
         body_of(shape),
@@ -91,11 +91,12 @@ def _kernel(shape: Decode):
             tiles(n, head_dim, dtype=shape.dtype),
             tiles(n, TILE, dtype=shape.dtype),
             plgpu.SMEM((n, head_dim), shape.out_dtype),
-            plgpu.SMEM((num_words(shape.rows),), jnp.int32),
+            plgpu.SMEM((head_dim, n), jnp.float32),
+            plgpu.SMEM((2, n), jnp.float32),
+            plgpu.SMEM((2, WORDS), jnp.int32),
             plgpu.Barrier(num_arrivals=TILE_UNITS, num_barriers=stages),
             plgpu.Barrier(num_arrivals=TILE_UNITS, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(),
         ],
     )

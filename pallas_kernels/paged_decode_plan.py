@@ -1,10 +1,14 @@
-"""How decode attention cuts rows into pieces, and the XLA forms of what its thread blocks work out among themselves.
+"""How decode attention cuts rows into pieces, and the XLA forms of what its thread blocks work out for themselves.
 
-A unit is 16 tokens of one row. A row is cut into pieces of equal length, at places that its own length and the call's
-sizes fix: no neighbour moves a cut, so none moves a bit of the result. Pieces, ordered by row and position, are what
-streams attend to (`paged_decode_share`); a stream belongs to one KV head, and streams of all heads walk the pieces side
-by side, so that they read neighbouring bytes of the same pages (a head's part of a token is 128 or 256 bytes, little
-for DRAM to open a row for). A row of several pieces is merged in order of position.
+A unit is 16 tokens of one row, a piece some tiles of 64: where a row is cut into pieces follows from its own length and
+the call's sizes. Each piece is attended to by itself, and pieces are added up one by one in order of position. So no
+neighbour of a row changes a bit of its result, whoever attends to its pieces.
+
+All pieces of a call, ordered by row and position, are cut into ranges of equal length (up to a piece); a stream is one
+range and one KV head, so that streams that run side by side read neighbouring bytes of the same pages (a head's part of
+a token is 128 or 256 bytes, little for DRAM to open a row for). What a stream has of a row from its first piece on it
+adds up itself; where a range begins inside a row, it leaves every piece of that row as a partial result, and the stream
+that comes last at the row adds them up (`paged_decode_share`).
 """
 
 import dataclasses
@@ -18,11 +22,9 @@ UNIT = 16  # tokens
 TILE_UNITS = 4  # 64 tokens: wgmma's M
 TILE = UNIT * TILE_UNITS
 MASKED = -1e30
-PIECES_OF_STREAM = 4  # so many a stream has at least, where rows are long enough: blocks don't get equal bandwidth
-SHORTEST = 256 // UNIT  # units of a piece: one leaves a partial result of 4 KB beside the 128 KB that it reads
-LONGEST = 4096 // UNIT  # units of a piece, where the partial results are not too many: a row of 128k among short ones
-MAX_PARTIALS = 1 << 14  # partial results that there is room for: 4 KB each
+SHORTEST = 128 // UNIT  # units of a piece
 PIECES = 64  # bound of a row's pieces, as a word holds a row and a piece of it
+MAX_PARTIALS = 1 << 15  # partial results that there is room for: 4 KB each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,28 +69,18 @@ class Decode:
         return jnp.float16 if self.small_pages else self.pages_dtype
 
     @property
-    def streams_of_head(self) -> int:
+    def ranges(self) -> int:
         return self.num_streams // self.num_kv_heads
 
     @property
-    def cuts(self) -> "Cuts":
-        wanted = -(-PIECES_OF_STREAM * self.streams_of_head // self.rows)
+    def most(self) -> int:
+        """Pieces of a row: as many as the page table's width needs and there is room for."""
         capacity = -(-self.max_pages * self.page_len // (SHORTEST * UNIT))
-        most = max(1, min(PIECES, capacity, MAX_PARTIALS // (self.rows * self.num_kv_heads)))
-        return Cuts(min(wanted, most), most)
+        return max(1, min(PIECES, capacity, MAX_PARTIALS // (self.rows * self.num_kv_heads)))
 
-
-@dataclasses.dataclass(frozen=True)
-class Cuts:
-    """Into how many pieces a row is cut if it is long enough, and at most."""
-
-    wanted: int
-    most: int
-
-    def of(self, units):
+    def cut(self, units):
         """(pieces, units of each but the last) of rows of so many units; an array or a scalar."""
-        count = jnp.maximum(_ceil(units, LONGEST), self.wanted)
-        count = jnp.minimum(jnp.minimum(count, self.most), _ceil(units, SHORTEST))
+        count = jnp.minimum(_ceil(units, SHORTEST), self.most)
         length = _ceil(_ceil(units, count), TILE_UNITS) * TILE_UNITS
         return _ceil(units, length), length
 
@@ -106,38 +98,48 @@ def bounds(start_pos, num_tokens, sliding_window: int | None):
 
 
 def decode_plan(start_pos, num_tokens, shape: Decode) -> jax.Array:
-    """What each stream of a KV head attends to where streams take pieces in turn: for the interpreter, without atomics.
+    """Where every range begins and ends, in XLA: for the interpreter, and to test `paged_decode_share.plan_program`.
 
     Returns:
-      `[streams of a head, n]` int32, row * PIECES + piece; rows * PIECES behind a stream's last.
+      `[ranges, 2]` int32, row * PIECES + piece; rows * PIECES behind the last.
     """
-    count, _ = shape.cuts.of(bounds(start_pos, num_tokens, shape.sliding_window)[2])
-    ends = jnp.cumsum(count)
-    rounds = -(-shape.rows * shape.cuts.most // shape.streams_of_head) + 2
-    piece = jnp.arange(rounds * shape.streams_of_head, dtype=jnp.int32)
-    row = jnp.sum(ends[None, :] <= piece[:, None], axis=1, dtype=jnp.int32)
-    first = (ends - count)[jnp.minimum(row, shape.rows - 1)]
-    words = jnp.where(row < shape.rows, row * PIECES + piece - first, shape.rows * PIECES)
-    return words.reshape(rounds, -1).T.astype(jnp.int32)
+    units = bounds(start_pos, num_tokens, shape.sliding_window)[2]
+    count, length = shape.cut(units)
+    tiles = _ceil(units, TILE_UNITS)
+    ends = jnp.cumsum(tiles)
+    position = jnp.arange(shape.ranges + 1, dtype=jnp.int32) * _ceil(ends[-1], shape.ranges)
+    row = jnp.sum(ends[None, :] <= position[:, None], axis=1, dtype=jnp.int32)
+    inside = jnp.minimum(row, shape.rows - 1)
+    piece = _ceil(position - (ends - tiles)[inside], length[inside] // TILE_UNITS)
+    codes = jnp.where(piece < count[inside], inside * PIECES + piece, (inside + 1) * PIECES)
+    codes = jnp.where(row < shape.rows, codes, shape.rows * PIECES)
+    return jnp.stack([codes[:-1], codes[1:]], axis=1).astype(jnp.int32)
 
 
 def merge_partials(out, acc, maxima_sums, start_pos, num_tokens, sinks, v_scale, shape: Decode):
     """What the last stream of each row and head does, in XLA: for the interpreter, which has no atomics.
 
     Args:
-      out: `[rows, Q, H]`, right where a row is one piece.
-      acc: `[rows, G, pieces, H, columns]` float32.
+      out: `[rows, Q, H]`, right where one stream did all of a row.
+      acc: `[rows, G, pieces, H, columns]` float32; the first of a row may be of several pieces.
       maxima_sums: `[rows, G, pieces, 2, columns]` float32, their maxima (log2) and sums.
       sinks: `[G, Q / G]` float32, in log2; MASKED for none.
 
     Returns:
       `[rows, Q, H]`.
     """
-    count, _ = shape.cuts.of(bounds(start_pos, num_tokens, shape.sliding_window)[2])
+    count, _ = shape.cut(bounds(start_pos, num_tokens, shape.sliding_window)[2])
+    begins = decode_plan(start_pos, num_tokens, shape)[:, 0]
     group, most = shape.group, acc.shape[2]
-    merged = []
+    merged, cut = [], []
     for row in range(shape.rows):
-        mine = (jnp.arange(most) < count[row])[:, None]
+        # The first piece that a stream begins with inside the row: those before it are in the first partial result.
+        piece = begins - row * PIECES
+        inside = jnp.where((piece > 0) & (piece < count[row]), piece, PIECES)
+        cover = inside.min()
+        cut.append(cover < PIECES)
+        index = jnp.arange(most)
+        mine = ((index == 0) | ((index >= cover) & (index < count[row])))[:, None]
         for head in range(shape.num_kv_heads):
             skipped = max(0, row * shape.num_heads + head * group - (shape.flat_rows - shape.columns))  # see `place`
             own = slice(skipped, skipped + group)
@@ -149,4 +151,4 @@ def merge_partials(out, acc, maxima_sums, start_pos, num_tokens, sinks, v_scale,
             parts = jnp.where(mine[:, None], acc[row, head][..., own] * weight[:, None], 0).sum(0)
             merged.append(parts * v_scale / total)
     result = jnp.stack(merged).swapaxes(1, 2).reshape(out.shape).astype(out.dtype)
-    return jnp.where((count > 1)[:, None, None], result, out)
+    return jnp.where(jnp.stack(cut)[:, None, None], result, out)

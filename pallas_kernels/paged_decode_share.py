@@ -1,35 +1,29 @@
-"""How the thread blocks of decode attention share the pieces of a call: by counters in memory, thread by thread.
+"""What the thread blocks of decode attention work out and count for themselves, thread by thread.
 
-Blocks get unequal shares of the memory's bandwidth (1.3 to 1 seen on an H100), so a stream takes the next piece of its
-KV head whenever it has requested all of the last one. Which stream has a piece changes no bit of its result. The
-counters stand in scratch memory that nobody cleared: each head's first stream clears them and writes two 32-bit marks;
-the others wait for the marks, and the stream that ends last wipes them. A fill by XLA would be a kernel of its own,
-1.5 us.
+Every warpgroup finds its range from the lengths. Streams that share a row count their pieces in scratch memory that
+nobody cleared: each head's first stream clears the head's counters and marks them, the others wait for the marks, and
+the stream that ends last wipes them. A fill by XLA would be a kernel of its own, 1.5 us.
 """
 
 from jmoe.pallas_kernels import simt, simt_marks
-from jmoe.pallas_kernels.paged_decode_plan import LONGEST, PIECES, SHORTEST, TILE_UNITS, UNIT, Decode
+from jmoe.pallas_kernels.paged_decode_plan import PIECES, SHORTEST, TILE_UNITS, UNIT, Decode
 from jmoe.pallas_kernels.simt import WARP, Pointer, Word
 
 THREADS = 128
-NEXT, DONE, ARRIVED = 2, 3, 4  # of a head's counters: behind the marks, and before one for each row
-TAG_BITS = 4
-TAGS = 1 << TAG_BITS  # claims that may stand in the ring; more than a stream's tiles on their way and two
-# A stream's words: tags and claims; the number of claims; the next claim's piece; found counts; sums of the warps; and
-# from ENDS on the number of pieces of all rows up to each.
-CLAIMS, PIECE, FOUND, SUMS, ENDS = 16, 17, 18, 20, 24
-
-
-def num_words(rows: int) -> int:
-    return ENDS + rows
+# Words of a warpgroup: begin and end of its range as row * PIECES + piece; what `arrive_program` found of the row that
+# the range begins in and of the one that it ends in; sums of the warps; numbers that `keep_words` spares registers.
+BEGIN, END, BEFORE, COVER, SUMS, KEPT, WORDS = 0, 1, 2, 4, 8, 16, 32
+# Of a head's counters, behind the marks: streams that ended; pieces of each row that are there; and how many of them
+# are in the row's first partial result.
+DONE, ARRIVED = 2, 4
 
 
 def num_counters(rows: int) -> int:
-    return ARRIVED + rows
+    return ARRIVED + 2 * rows
 
 
 def plan_program(shape: Decode, with_tokens: bool):
-    """The loading warpgroup counts every row's pieces: `program(start_pos, num_tokens if with_tokens, words)`."""
+    """`program(start_pos, num_tokens if with_tokens, words)`, by one warpgroup; as `decode_plan`."""
     rows = shape.rows
     per_thread = -(-rows // THREADS)
 
@@ -38,86 +32,63 @@ def plan_program(shape: Decode, with_tokens: bool):
         thread = simt.thread() % THREADS
         lane, warp = thread % WARP, thread // WARP
 
-        def pieces_of(row: Word) -> Word:
-            there = row < rows
-            safe = there.select(row, rows - 1)
+        def units_of(row: Word) -> Word:
+            safe = (row < rows).select(row, rows - 1)
             start = start_pos.load(safe)
-            return there.select(_num_pieces(shape, start, num_tokens.load(safe) if num_tokens is not None else 1), 0)
+            return _num_units(shape, start, num_tokens.load(safe) if num_tokens is not None else 1)
 
-        mine = [pieces_of(thread * per_thread + i) for i in range(per_thread)]
-        total = sum(mine[1:], start=mine[0])
+        mine = [units_of(thread * per_thread + i) for i in range(per_thread)]
+        tiles = [(thread * per_thread + i < rows).select(_ceil(units, TILE_UNITS), 0) for i, units in enumerate(mine)]
+        total = sum(tiles[1:], start=tiles[0])
         before = simt.warp_sum_before(total, lane)
         with simt.when(lane.equals(WARP - 1)):
             words.store(warp + SUMS, before + total)
-        with simt.when(thread < TAGS):
-            words.store(thread, (thread + 1) % TAGS)  # not the tag that a claim will have there
         with simt.when(thread.equals(0)):
-            words.store(CLAIMS, 0)
+            words.store(BEGIN, rows * PIECES)
+            words.store(END, rows * PIECES)
         simt.barrier()
-        for w in range(THREADS // WARP):
-            before = before + (warp < w + 1).select(0, words.load(SUMS + w))
-        for i, count in enumerate(mine):
+        sums = [words.load(SUMS + w) for w in range(THREADS // WARP)]
+        for w, tiles_of_warp in enumerate(sums):
+            before = before + (warp < w + 1).select(0, tiles_of_warp)
+        share = _ceil(sum(sums[1:], start=sums[0]), shape.ranges)
+        first = simt.block() // shape.num_kv_heads * share
+        for i, (units, count) in enumerate(zip(mine, tiles, strict=True)):
+            for word, position in ((BEGIN, first), (END, first + share)):
+                with simt.when((position >= before) & (position < before + count)):
+                    words.store(word, _code(shape, thread * per_thread + i, units, position - before))
             before = before + count
-            row = thread * per_thread + i
-            with simt.when(row < rows):
-                words.store(row + ENDS, before)
         simt.barrier()
 
     return program
 
 
-def _num_pieces(shape: Decode, start: Word, tokens: Word | int) -> Word:
-    """As `Cuts.of`."""
-    cuts = shape.cuts
+def _num_units(shape: Decode, start: Word, tokens: Word | int) -> Word:
     units = (start + tokens + (UNIT - 1)) // UNIT
     if shape.sliding_window is not None:
         low = start + (1 - shape.sliding_window)
         units = units - (low < 0).select(0, low) // UNIT
-    units = (units < 1).select(1, units)
-    count = _ceil(units, LONGEST)
-    count = (count < cuts.wanted).select(cuts.wanted, count)
-    count = (count < cuts.most).select(count, cuts.most)
-    shortest = _ceil(units, SHORTEST)
-    count = (count < shortest).select(count, shortest)
-    length = _ceil(_ceil(units, count), TILE_UNITS) * TILE_UNITS
-    return _ceil(units, length)
+    return (units < 1).select(1, units)
+
+
+def _code(shape: Decode, row: Word, units: Word, tile: Word) -> Word:
+    """The first piece that begins at a row's tile or behind it."""
+    count = _ceil(units, SHORTEST)
+    count = (count < shape.most).select(count, shape.most)
+    tiles = _ceil(_ceil(units, count), TILE_UNITS)
+    piece = _ceil(tile, tiles)
+    return (piece < _ceil(units, tiles * TILE_UNITS)).select(row * PIECES + piece, (row + 1) * PIECES)
 
 
 def _ceil(dividend: Word, divisor: Word | int) -> Word:
     return (dividend + divisor - 1) // divisor
 
 
-def claim_program(shape: Decode):
-    """One thread of the loading warpgroup takes the stream's next piece: `program(words, counters of its head)`.
-
-    The first is the stream's own number, for which nobody need wait. It goes into the ring as (row * PIECES + piece) *
-    TAGS and a tag, for both warpgroups to `see`; a row behind the last says that there are no more.
-    """
-
-    def program(words: Pointer, counters: Pointer) -> None:
-        with simt.when((simt.thread() % THREADS).equals(WARP)):  # not the thread that starts copies
-            claim = words.load(CLAIMS)
-            words.store(CLAIMS, claim + 1)
-            words.store(PIECE, simt.block() // shape.num_kv_heads)
-            with simt.when(claim >= 1):
-                words.store(PIECE, _add(counters, NEXT) + shape.streams_of_head)
-            piece = words.load(PIECE)
-            row, end = simt.word(0), simt.word(shape.rows)
-            for _ in range(shape.rows.bit_length()):
-                middle = (row + end) // 2
-                safe = (middle < shape.rows).select(middle, shape.rows - 1)
-                behind = (row < end) & (words.load(safe + ENDS) < piece + 1)
-                row, end = behind.select(middle + 1, row), behind.select(end, middle)
-            before = (row < 1).select(0, words.load((row < 1).select(0, row - 1) + ENDS))
-            first = (row < shape.rows).select(piece - before, 0)
-            simt_marks.put(words, claim % TAGS, (row * PIECES + first) * TAGS + claim % TAGS)
-
-    return program
-
-
-def see_program(words: Pointer, claim: Word) -> None:
-    """Waits until the ring holds that claim."""
-    simt_marks.see(words, claim % TAGS, TAG_BITS, claim % TAGS)
+def keep_words(words: Pointer, *numbers: Word) -> None:
+    """Puts numbers that all threads know into shared memory; a barrier must follow."""
+    simt.barrier()  # none is read any more
+    with simt.when((simt.thread() % THREADS).equals(0)):
+        for i, number in enumerate(numbers):
+            words.store(KEPT + i, number)
 
 
 def open_program(shape: Decode):
@@ -126,7 +97,7 @@ def open_program(shape: Decode):
     def program(counters: Pointer) -> None:
         thread = simt.thread() % THREADS
         with simt.when(simt.block() < shape.num_kv_heads):
-            for i in range(NEXT, num_counters(shape.rows), THREADS):
+            for i in range(DONE, num_counters(shape.rows), THREADS):
                 with simt.when(thread + i < num_counters(shape.rows)):
                     counters.store(thread + i, 0)
         simt.barrier()
@@ -136,12 +107,28 @@ def open_program(shape: Decode):
     return program
 
 
-def arrive_program(counters: Pointer, words: Pointer, row: Word) -> None:
-    """After a partial result was stored: words[FOUND] says how many of the row were there before."""
-    simt.barrier()
-    with simt.when((simt.thread() % THREADS).equals(0)):
-        words.store(FOUND, _add(counters, row + ARRIVED))
-    simt.barrier()
+def arrive_program(shape: Decode):
+    """Once all partial results were stored: `program(counters, words, row, pieces, row, pieces, cover)`.
+
+    Counts the pieces that this stream leaves of the row that its range begins in, and of the one that it ends in (whose
+    first partial result holds `cover` pieces, if any). words[BEFORE + i] and words[COVER + i] say what is there of each
+    before, and in its first partial result. Two warps, so that one doesn't wait for the other.
+    """
+
+    def program(counters: Pointer, words: Pointer, *given: Word) -> None:
+        simt.barrier()
+        thread = simt.thread() % THREADS
+        for i, (row, pieces) in enumerate((given[:2], given[2:4])):
+            with simt.when(thread.equals(i * WARP) & (pieces >= 1)):
+                simt_marks.wait(counters)
+                if i == 1:
+                    with simt.when(given[4] >= 1):
+                        counters.store(row + ARRIVED + shape.rows, given[4])
+                words.store(BEFORE + i, simt_marks.add(counters, row + ARRIVED, pieces))
+                words.store(COVER + i, counters.load(row + ARRIVED + shape.rows))
+        simt.barrier()
+
+    return program
 
 
 def leave_program(shape: Decode):
@@ -150,14 +137,8 @@ def leave_program(shape: Decode):
     def program(counters: Pointer) -> None:
         simt.barrier()
         with simt.when((simt.thread() % THREADS).equals(0)):
-            found = _add(counters, DONE)
-            with simt.when(found.equals(shape.streams_of_head - 1)):
+            simt_marks.wait(counters)
+            with simt.when(simt_marks.add(counters, DONE, 1).equals(shape.ranges - 1)):
                 simt_marks.wipe(counters)
 
     return program
-
-
-def _add(counters: Pointer, index: Word | int) -> Word:
-    """Adds one once the counters are marked; what was there before."""
-    simt_marks.wait(counters)
-    return simt_marks.add_one(counters, index)

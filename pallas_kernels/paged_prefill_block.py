@@ -13,7 +13,8 @@ from jmoe.pallas_kernels.paged_prefill_plan import (
     HEAD_ITEM,
     HEAD_TILES,
     LINE_BEGIN,
-    LINE_END,
+    LINE_ITEMS,
+    LINE_STEP,
     NUM_TILES,
     ROW_TILE,
     TAIL_ITEM,
@@ -136,16 +137,18 @@ def walk(shape: PrefillShape, refs: PrefillRefs, piece: Any, carry: Any) -> tupl
       The number of tiles of all pieces, and the last carry.
     """
     block = lax.axis_index("block")
-    share = {column: refs.shares_g[block, column] for column in (WAVES, HEAD_TILES, LINE_BEGIN, LINE_END, TAIL_TILES)}
+    used = WAVES, HEAD_TILES, LINE_BEGIN, LINE_ITEMS, LINE_STEP, TAIL_TILES
+    share = {column: refs.shares_g[block, column] for column in used}
     heads = jnp.where(share[HEAD_TILES] > 0, 1, 0)
     begin_line = heads + share[WAVES]
-    begin_tail = begin_line + share[LINE_END] - share[LINE_BEGIN]
+    begin_tail = begin_line + share[LINE_ITEMS]
     end = begin_tail + jnp.where(share[TAIL_TILES] > 0, 1, 0)
 
     def step(state):
         i, before, carry = state
         head, tail = i < heads, i >= begin_tail
-        wave = jnp.where(i < begin_line, block + (i - heads) * shape.num_blocks, share[LINE_BEGIN] + i - begin_line)
+        line = share[LINE_BEGIN] + (i - begin_line) * share[LINE_STEP]
+        wave = jnp.where(i < begin_line, block + (i - heads) * shape.num_blocks, line)
         cut = jnp.where(head, refs.shares_g[block, HEAD_ITEM], refs.shares_g[block, TAIL_ITEM])
         item = jnp.where(head | tail, cut, wave)
         first = jnp.where(tail, refs.shares_g[block, TAIL_TILE], 0)

@@ -4,11 +4,15 @@ An item is a block of queries of one sequence and a block of query heads of one 
 sees, or, where a call has few, one of equal parts of these tiles. How many parts follows from the row's own length and
 the call's sizes, never from the other rows: a merge adds parts up, and where they meet shows in a result's last bit.
 
-Items are ordered by sequence, KV head and query block (longest first). Whole items are dealt to the thread blocks in
-waves, so that blocks that run together read the same keys; as many waves as leave no block with more than its equal
-share of all tiles. What remains lies on one line of tiles and is cut where each block's share is full. The block whose
-share ends inside an item does its beginning first, and hands its state on, bit for bit, to the block that does the rest
-last: such a cut changes no result. No block has more tiles than any other.
+Long chunks: items are ordered by sequence, KV head and query block (longest first). Whole items are dealt to the thread
+blocks in waves, so that blocks that run together read the same keys; as many waves as leave no block with more than its
+equal share of all tiles. What remains lies on one line of tiles and is cut where each block's share is full. The block
+whose share ends inside an item does its beginning first, and hands its state on, bit for bit, to the block that does
+the rest last: such a cut changes no result. No block has more tiles than any other.
+
+Short chunks (one block of queries a row) are bound by reading: the items of all head blocks at the same keys go to a
+team of as many thread blocks, which walk the same pieces side by side and so read neighbouring bytes of the same pages
+(a head's part of a token is 256 bytes, little for DRAM to open a row for). Teams share a line of tiles as blocks do.
 """
 
 import dataclasses
@@ -26,7 +30,7 @@ SHORTEST = 8  # tiles of a part: it leaves 64 KB beside 512 KB or more that it r
 # Columns of `PrefillPlan.items`.
 ROW, HEAD_BLOCK, FIRST_TOKEN, FIRST_POS, LEAD, NUM_TOKENS, FIRST_TILE, NUM_TILES, LENGTH, PART = range(10)
 # Columns of `PrefillPlan.shares`.
-WAVES, HEAD_ITEM, HEAD_TILES, LINE_BEGIN, LINE_END, TAIL_ITEM, TAIL_TILE, TAIL_TILES, HANDS_IT = range(9)
+WAVES, HEAD_ITEM, HEAD_TILES, LINE_BEGIN, LINE_ITEMS, LINE_STEP, TAIL_ITEM, TAIL_TILE, TAIL_TILES, HANDS_IT = range(10)
 # Columns of `PrefillPlan.merges`.
 FIRST_ITEM, NUM_PARTS = range(2)
 
@@ -62,9 +66,9 @@ class PrefillPlan:
     Attributes:
       items: `[max_items, 10]` int32, columns as named above (`PART`: where its partial result goes, -1 if it is all of
         its tiles); those behind the last item have no tiles.
-      shares: `[blocks, 9]` int32, of each thread block: the beginning of an item that it does first (item, tiles, 0 for
-        none); waves of whole items; those of its part of the line (begin, end); the rest of an item that it does last
-        (item, first tile, tiles, the block that hands its state on).
+      shares: `[blocks, 10]` int32, of each thread block: waves of whole items; the beginning of an item that it does
+        first (item, tiles, 0 for none); whole items of the line (first, how many, step from one to the next); the rest
+        of an item that it does last (item, first tile, tiles, the block that hands its state on).
       merges: `[2 blocks, 2]` int32, first item and number of parts (0 for none) of what is merged.
     """
 
@@ -95,9 +99,14 @@ def prefill_plan(
       num_blocks: thread blocks that run at once, one an SM.
       sliding_window: positions a token may see.
     """
-    rows = _Rows(query_offsets, num_tokens, start_pos, num_heads, num_kv_heads, tiles, num_blocks, sliding_window)
-    items = rows.items(max_tokens)
-    return PrefillPlan(items, _shares(items, num_blocks), rows.merges())
+    rows = _Rows(
+        query_offsets, num_tokens, start_pos, max_tokens, num_heads, num_kv_heads, tiles, num_blocks, sliding_window
+    )
+    items = rows.items()
+    if rows.team == 1:
+        return PrefillPlan(items, _shares(items[:, NUM_TILES], num_blocks, num_blocks), rows.merges())
+    of_team = _shares(items[:: rows.team, NUM_TILES], num_blocks // rows.team, 0)
+    return PrefillPlan(items, _of_members(of_team, rows.team, num_blocks), rows.merges())
 
 
 class _Rows:
@@ -106,15 +115,18 @@ class _Rows:
     Blocks of queries begin at multiples of 8 in the token array, as TMA wants it: a row's first may have a lead.
     """
 
-    def __init__(self, offsets, num_tokens, start_pos, num_heads, num_kv_heads, tiles, num_blocks, window):
+    def __init__(self, offsets, num_tokens, start_pos, max_tokens, num_heads, num_kv_heads, tiles, num_blocks, window):
         self.offsets, self.num_tokens, self.start_pos, self.tiles = offsets, num_tokens, start_pos, tiles
-        self.window, self.num_blocks = window, num_blocks
+        self.max_tokens, self.window, self.num_blocks = max_tokens, window, num_blocks
         self.rows = num_tokens.shape[0]
         self.head_blocks = num_kv_heads * -(-(num_heads // num_kv_heads) // tiles.heads)
+        short = max_tokens <= tiles.queries * self.rows and self.head_blocks <= num_blocks
+        self.team = self.head_blocks if short else 1
         self.lead = offsets % UNIT
         self.blocks = jnp.where(num_tokens > 0, -(-(self.lead + num_tokens) // tiles.queries), 0)
         _, _, _, shortest = self.tiles_of(jnp.arange(self.rows), jnp.zeros_like(offsets))
-        wanted = -(-2 * num_blocks // jnp.maximum(self.blocks * (self.head_blocks * self.rows), 1))
+        units = num_blocks // self.team * self.team
+        wanted = -(-2 * units // jnp.maximum(self.blocks * (self.head_blocks * self.rows), 1))
         self.parts = jnp.maximum(jnp.minimum(wanted, shortest // SHORTEST), 1)
         of_row = self.blocks * self.head_blocks
         self.ends = jnp.cumsum(of_row * self.parts)
@@ -133,46 +145,66 @@ class _Rows:
             low = jnp.maximum(pos + lead + 1 - self.window, 0) // self.tiles.kv_tile
         return lead, count, low, -(-(pos + count) // self.tiles.kv_tile) - low
 
-    def items(self, max_tokens: int) -> jax.Array:
+    def items(self) -> jax.Array:
         """`PrefillPlan.items`. By the choice of `wanted`, all that have parts have fewer than 4 a thread block."""
         queries = self.tiles.queries
-        max_blocks = (max_tokens + (UNIT - 1) * self.rows) // queries + self.rows
+        max_blocks = (self.max_tokens + (UNIT - 1) * self.rows) // queries + self.rows
         max_items = max_blocks * self.head_blocks + 4 * self.num_blocks
         item = jnp.arange(max_items, dtype=jnp.int32)
         row = jnp.minimum(jnp.sum(self.ends[None, :] <= item[:, None], axis=1, dtype=jnp.int32), self.rows - 1)
         parts, blocks = self.parts[row], jnp.maximum(self.blocks[row], 1)
         rest = item - (self.ends - self.blocks * self.head_blocks * self.parts)[row]
-        first = (blocks - 1 - rest // parts % blocks) * queries
+        if self.team == 1:
+            head_block, block, part = rest // (parts * blocks), rest // parts % blocks, rest % parts
+        else:
+            head_block, block, part = rest % self.team, rest // (parts * self.team), rest // self.team % parts
+        first = (blocks - 1 - block) * queries
         lead, count, low, tiles = self.tiles_of(row, first)
-        part = rest % parts
         begin, end = part * tiles // parts, (part + 1) * tiles // parts
-        slot = jnp.where(parts > 1, self.part_ends[row] - blocks * self.head_blocks * parts + rest, -1)
+        slot = self.part_ends[row] + ((head_block - self.head_blocks) * blocks + block) * parts + part
+        slot = jnp.where(parts > 1, slot, -1)
         token = self.offsets[row] - self.lead[row] + first
         pos = self.start_pos[row] + first - self.lead[row]
         length = self.start_pos[row] + self.num_tokens[row]
         tiles = jnp.where(item < self.ends[-1], end - begin, 0)
-        columns = (row, rest // (parts * blocks), token, pos, lead, count, low + begin, tiles, length, slot)
+        columns = (row, head_block, token, pos, lead, count, low + begin, tiles, length, slot)
         return jnp.stack(columns, axis=1).astype(jnp.int32)
 
     def merges(self) -> jax.Array:
         merge = jnp.arange(2 * self.num_blocks, dtype=jnp.int32)
         row = jnp.minimum(jnp.sum(self.merge_ends[None, :] <= merge[:, None], axis=1), self.rows - 1)
         of_row = self.blocks * self.head_blocks
-        first = (self.ends - of_row * self.parts)[row] + (merge - self.merge_ends[row] + of_row[row]) * self.parts[row]
+        index = merge - self.merge_ends[row] + of_row[row]
+        if self.team == 1:
+            first = index * self.parts[row]
+        else:
+            first = index // self.team * (self.parts[row] * self.team) + index % self.team
+        first = first + (self.ends - of_row * self.parts)[row]
         parts = jnp.where(merge < self.merge_ends[-1], self.parts[row], 0)
         return jnp.stack([jnp.where(parts > 0, first, 0), parts], axis=1).astype(jnp.int32)
 
 
-def _shares(items: jax.Array, num_blocks: int) -> jax.Array:
-    work = items[:, NUM_TILES]
+def _of_members(shares: jax.Array, team: int, num_blocks: int) -> jax.Array:
+    """Shares of the blocks of teams: a team's item stands for `team` items one behind the other."""
+    by_member = jnp.repeat(shares, team, axis=0)
+    member = jnp.tile(jnp.arange(team, dtype=jnp.int32), shares.shape[0])
+    for column in (HEAD_ITEM, LINE_BEGIN, TAIL_ITEM, HANDS_IT):
+        by_member = by_member.at[:, column].set(by_member[:, column] * team + member)
+    by_member = by_member.at[:, LINE_STEP].set(team)
+    return jnp.pad(by_member, ((0, num_blocks - by_member.shape[0]), (0, 0)))
+
+
+def _shares(work: jax.Array, num_blocks: int, wave: int) -> jax.Array:
+    """`PrefillPlan.shares` of items with so many tiles, whole ones dealt in waves of `wave` items (0: none is)."""
     max_items = work.shape[0]
     total = work.sum()
     share = -(-total // num_blocks)
-    waves = jnp.pad(work, (0, -max_items % num_blocks)).reshape(-1, num_blocks)
-    loads = jnp.cumsum(waves, axis=0)
-    fits = jnp.sum(loads.max(1) <= share, dtype=jnp.int32)
-    num_waves = jnp.minimum(fits, jnp.sum(work > 0, dtype=jnp.int32) // num_blocks)
-    load = jnp.where(num_waves > 0, loads[jnp.maximum(num_waves - 1, 0)], 0)
+    num_waves, load = jnp.int32(0), jnp.zeros(num_blocks, jnp.int32)
+    if wave:
+        loads = jnp.cumsum(jnp.pad(work, (0, -max_items % wave)).reshape(-1, wave), axis=0)
+        fits = jnp.sum(loads.max(1) <= share, dtype=jnp.int32)
+        num_waves = jnp.minimum(fits, jnp.sum(work > 0, dtype=jnp.int32) // wave)
+        load = jnp.where(num_waves > 0, loads[jnp.maximum(num_waves - 1, 0)], 0)
     ends = jnp.cumsum(work)  # tiles up to each item's end, on the line of all
     origin = jnp.sum(jnp.where(jnp.arange(max_items) < num_waves * num_blocks, work, 0))
     room = share - load
@@ -191,7 +223,7 @@ def _shares(items: jax.Array, num_blocks: int) -> jax.Array:
     ahead = jnp.where(there[None, :] & (block[None, :] < block[:, None]), block[None, :], 0).max(1)
     columns = (
         jnp.broadcast_to(num_waves, at.shape),
-        *(last, head, line, jnp.where(there, jnp.maximum(last, line), line)),
+        *(last, head, line, jnp.where(there, jnp.maximum(last - line, 0), 0), jnp.ones_like(line)),
         *(at, cut, tail, ahead),
     )
     return jnp.stack(columns, axis=1).astype(jnp.int32)

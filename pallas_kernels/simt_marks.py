@@ -41,23 +41,8 @@ def wait(pointer: Pointer) -> None:
     run(text, [pointer.value], "l")
 
 
-def add_one(pointer: Pointer, index: Word | int) -> Word:
-    """Adds one to a word, after all that its warpgroup did before a barrier; what was there before."""
-    text = "atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;"
-    where = [pointer.at(index, simt.i32())]
-    return Word(llvm.inline_asm(simt.i32(), where, text, "=r,l,~{memory}", has_side_effects=True))
-
-
-def put(words: Pointer, index: Word, value: Word) -> None:
-    """Stores a word in shared memory for other warpgroups of the block."""
-    run("st.release.cta.shared.b32 [$0], $1;", [words.at(index, simt.i32()), value.value], "r,r")
-
-
-def see(words: Pointer, index: Word, bits: int, wanted: Word) -> None:
-    """Waits until a word in shared memory, `put` by another warpgroup, has `wanted` in its lowest `bits`."""
-    text = (
-        f"{{ .reg .pred p, late; .reg .b32 a, left; mov.b32 left, {MAX_POLLS};\n"
-        "SEE: ld.acquire.cta.shared.b32 a, [$0]; sub.u32 left, left, 1;\n"
-        f"setp.eq.u32 late, left, 0; @late trap; and.b32 a, a, {(1 << bits) - 1}; setp.ne.b32 p, a, $1; @p bra SEE; }}"
-    )
-    run(text, [words.at(index, simt.i32()), wanted.value], "r,r")
+def add(pointer: Pointer, index: Word | int, count: Word | int) -> Word:
+    """Adds to a word, after all that its warpgroup did before a barrier; what was there before."""
+    text = "atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;"
+    operands = [pointer.at(index, simt.i32()), simt.raw(count)]
+    return Word(llvm.inline_asm(simt.i32(), operands, text, "=r,l,r,~{memory}", has_side_effects=True))

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jmoe.pallas_kernels import paged_attention as public
 from jmoe.pallas_kernels import paged_decode_plan as planning
 from jmoe.pallas_kernels import paged_decode_share as sharing
-from jmoe.pallas_kernels import simt, simt_marks
+from jmoe.pallas_kernels import simt
 from jmoe.pallas_kernels.paged_attention import paged_attention
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
@@ -33,78 +33,63 @@ def units_of(start_pos, num_tokens, window):
         yield max(1, -(-(start + tokens) // 16) - low // 16)
 
 
-def shape_of(rows, num_kv_heads=1, streams_of_head=3, window=None, max_pages=256):
-    heads = 2 * num_kv_heads, num_kv_heads
-    kinds = jnp.bfloat16, jnp.bfloat16
-    return planning.Decode(
-        rows, *heads, 64, 16, max_pages, streams_of_head * num_kv_heads, 2, window, None, *kinds, interpret=True
-    )  # fmt: skip
+def shape_of(rows, num_kv_heads=1, ranges=3, window=None, max_pages=256):
+    heads, kinds = (2 * num_kv_heads, num_kv_heads), (jnp.bfloat16, jnp.bfloat16)
+    return planning.Decode(rows, *heads, 64, 16, max_pages, ranges * num_kv_heads, 2, window, None, *kinds, True)
 
 
 @pytest.mark.parametrize(
-    ("rows", "num_kv_heads", "streams_of_head", "window", "with_tokens"),
-    [(1, 1, 1, None, False), (3, 2, 5, 1000, True), (130, 8, 4, None, True), (300, 1, 8, 100, False)],
+    ("rows", "num_kv_heads", "ranges", "window", "with_tokens"),
+    [(1, 1, 7, 1000, True), (3, 2, 5, 1, True), (130, 8, 4, None, True), (300, 1, 8, 100, False)],
 )
-def test_streams_claim_all_pieces_in_order(monkeypatch, rows, num_kv_heads, streams_of_head, window, with_tokens):
-    """Thread by thread, against a list of all pieces; the XLA form of the plan too."""
-    shape = shape_of(rows, num_kv_heads, streams_of_head, window)
+def test_ranges_share_all_tiles_alike(monkeypatch, rows, num_kv_heads, ranges, window, with_tokens):
+    """Thread by thread, against a walk over a list of all tiles; the XLA form of the plan too."""
+    shape = shape_of(rows, num_kv_heads, ranges, window)
     rng = np.random.default_rng(rows)
     start_pos = rng.integers(0, 4000, rows).astype(np.int32)
     num_tokens = rng.integers(0, 2, rows).astype(np.int32) if with_tokens else np.ones(rows, np.int32)
     units = np.array(list(units_of(start_pos, num_tokens, window)), np.int32)
-    counts, lengths = (np.asarray(a) for a in shape.cuts.of(jnp.asarray(units)))
-    assert (counts >= 1).all() and counts.max() <= shape.cuts.most and (lengths % planning.TILE_UNITS == 0).all()
+    counts, lengths = (np.asarray(a) for a in jax.jit(shape.cut)(units))
+    assert (counts >= 1).all() and counts.max() <= shape.most and (lengths % planning.TILE_UNITS == 0).all()
     assert ((counts - 1) * lengths < units).all() and (counts * lengths >= units).all()
-    pieces = [row * planning.PIECES + piece for row, count in enumerate(counts) for piece in range(count)]
-    end = rows * planning.PIECES
+    # What begins at each tile, and the next piece's begin behind each tile.
+    tiles = [
+        row * planning.PIECES + tile * planning.TILE_UNITS / lengths[row]
+        for row in range(rows)
+        for tile in range(-(-units[row] // planning.TILE_UNITS))
+    ]
+    begins = [row * planning.PIECES + piece for row in range(rows) for piece in range(counts[row])]
+    begins.append(rows * planning.PIECES)
+    share = -(-len(tiles) // ranges)
+    positions = [tiles[i] if i < len(tiles) else begins[-1] for i in range(0, (ranges + 1) * share, share)]
+    want = [next(begin for begin in begins if begin >= position) for position in positions]
 
     simt_emulator.install(monkeypatch)
-    taken = []
-
-    def take(counters, index):
-        """The counter's place, without its marks."""
-        taken.append(counters.load(index))
-        counters.add(index, 1)
-        return taken[-1]
-
-    kept = []
-    monkeypatch.setattr(sharing, "_add", take)
-    monkeypatch.setattr(simt_marks, "put", lambda words, at, value: kept.append(simt_emulator.lanes(value)[simt.WARP]))
-    plan, claim = sharing.plan_program(shape, with_tokens), sharing.claim_program(shape)
+    plan = sharing.plan_program(shape, with_tokens)
 
     def program(*pointers):
-        plan(*pointers[:-2], pointers[-1])
-        for _ in range(3):
-            claim(pointers[-1], pointers[-2])
+        plan(*pointers[:-1], pointers[-1].skip(simt.block(), 4 * sharing.WORDS))
 
-    counters = np.zeros((1, sharing.num_counters(rows)), np.int32)
     run = plgpu.kernel(
         lambda *refs: simt.program(program, *refs),
-        out_type=jax.ShapeDtypeStruct((sharing.num_words(rows),), jnp.int32),
+        out_type=jax.ShapeDtypeStruct((shape.num_streams, sharing.WORDS), jnp.int32),
         grid=(shape.num_streams,),
     )
-    run(start_pos, *([num_tokens] if with_tokens else []), counters)
-    claims = np.array(kept).reshape(-1, 3)[::-1]  # blocks run last to first
-    assert (claims % sharing.TAGS == np.arange(3)).all()
-    found = claims // sharing.TAGS
-    first = np.arange(shape.num_streams) // num_kv_heads
-    want = np.array([*pieces, *[end] * (3 * shape.num_streams)])
-    assert found[:, 0].tolist() == want[first].tolist()
-    later = found[::-1, 1:].ravel()  # all heads share the one counter here
-    assert later.tolist() == want[streams_of_head : streams_of_head + later.size].tolist()
-    words = np.asarray(planning.decode_plan(start_pos, num_tokens, shape))
-    assert words.T.ravel()[: len(pieces)].tolist() == pieces and (words.T.ravel()[len(pieces) :] == end).all()
-    assert (words[:, -1] == end).all(), "a stream knows where it ends"
+    words = run(start_pos, *([num_tokens] if with_tokens else []))
+    ends = [want[i : i + 2] for i in range(ranges)]
+    assert words[:, :2].tolist() == [end for end in ends for _ in range(num_kv_heads)]
+    plain = jax.jit(planning.decode_plan, static_argnums=2)(start_pos, num_tokens, shape)
+    assert plain.tolist() == ends
 
 
 def test_a_row_is_cut_alike_whatever_its_neighbours():
-    """And in more pieces the longer it is, never more than there is room for."""
+    """And into more pieces the longer it is, never more than there is room for."""
     shape = shape_of(4, 2, 33, max_pages=8192)
-    units = np.array([1, 16, 17, 70, 300, 8192], np.int32)
-    together = [np.asarray(a) for a in shape.cuts.of(jnp.asarray(units))]
-    alone = [[int(a) for a in shape.cuts.of(jnp.int32(n))] for n in units]
+    units = np.array([1, 8, 9, 70, 300, 8192], np.int32)
+    together = [np.asarray(a) for a in shape.cut(jnp.asarray(units))]
+    alone = [[int(a) for a in shape.cut(jnp.int32(n))] for n in units]
     assert np.stack(together, axis=1).tolist() == alone
-    assert together[0].tolist() == [1, 1, 2, 5, 19, 33]
+    assert together[0].tolist() == [1, 1, 2, 9, 38, 64]
 
 
 @pytest.fixture
@@ -191,10 +176,11 @@ def test_the_kernel_compiled_for_hopper(heads, head_dim, dtype):
         ((16, 1), 64, 64, {}),
         ((8, 4), 256, 16, {"sinks": np.linspace(-1, 2, 8)}),
         ((32, 2), 128, 16, {"sliding_window": 1000}),
+        ((18, 6), 64, 16, {"sinks": np.linspace(-1, 2, 18)}),
     ],
 )
 def test_the_kernel_on_a_gpu(heads, head_dim, page_len, options, dtype):
-    """Short rows beside one of 5000 tokens, twice: the same bits."""
+    """Short rows beside one of 5000 tokens, twice: the same bits, and also beside shorter neighbours."""
     lengths = (*LENGTHS, 5000, 1, 2, 777)
     batch = batch_of(lengths, 1, *heads, head_dim, page_len, -(-max(lengths) // page_len))
     arguments = poisoned(batch, dtype)
@@ -204,3 +190,7 @@ def test_the_kernel_on_a_gpu(heads, head_dim, page_len, options, dtype):
     got, again = (np.asarray(function(*arguments), np.float32) for _ in range(2))
     np.testing.assert_array_equal(got, again)
     np.testing.assert_allclose(got, oracle(rounded(batch, dtype), **options), rtol=2e-2, atol=3e-2)
+    q, k_pages, v_pages, page_table, start_pos = arguments
+    beside = jnp.where(jnp.arange(len(lengths)) % 2, start_pos, start_pos // 3)
+    moved = np.asarray(function(q, k_pages, v_pages, page_table, beside), np.float32)
+    np.testing.assert_array_equal(got[1::2], moved[1::2])
