@@ -1,13 +1,14 @@
 """Attention of prefill chunks over pages against its floor and against dense peers of the same lengths.
 
-    python benchmarks/prefill_attention.py                                # everything, some minutes on an H100
+    python benchmarks/prefill_attention.py                                # everything, a minute on an H100
     python benchmarks/prefill_attention.py --cases "2k@4k,8k@32k" --no-peers
     python benchmarks/prefill_attention.py --cases tiny --implementations xla --no-peers --no-times     # runs on a CPU
 
 48 query heads, 8 KV heads, head size 128. "2k@4k" is 2048 queries behind 4096 positions, "16 x 16 rows" 16 queries of
 each of 16 sequences of 4k to 32k. Floor: max(bytes / read bandwidth, causal operations / bf16 product rate), measured
 in the same run; "%ops" and "%bytes" are its two sides over the time of the attention and merge kernels. "plan" is the
-time of what depends on lengths alone and is shared by the layers of a step. Error: relative, against float64 at sampled
+time of what depends on lengths alone: XLA does it once for all layers of a program. All programs are compiled first, in
+threads. Error: relative, against float64 at sampled
 queries and heads; of a peer, at the last query. "same" says whether two calls gave the same bits. Peers without a mask
 compute more; "as causal" is their time times causal over all operations.
 """
@@ -16,6 +17,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -30,50 +32,54 @@ from jmoe.pallas_kernels.ragged_paged_attention import Implementation, ragged_pa
 KERNELS = ("prefill_attention", "prefill_merge")
 
 
-def ours(
-    name: str, implementation: Implementation, page_len: int, kv_dtype: str, found: dict[str, float], around: Any
-) -> str:
-    """A line of the table: one implementation at one case."""
+def prepared(name: str, implementation: Implementation, page_len: int, kv_dtype: str) -> tuple[list[Inputs], Any]:
+    """Inputs of a case, and a compiled program of two calls on each."""
     rows = CASES[name]
     small = num_bytes(rows, kv_dtype) < 4e8
     inputs = [make_inputs(rows, page_len, kv_dtype, seed) for seed in range(3 if small else 1)]
     function = jax.jit(functools.partial(ragged_paged_attention, implementation=implementation))
-    calls = 2 * len(inputs)
-    measured = profile(calls_of(function, [i.arguments() for i in inputs], calls), calls, repeats=3, around=around)
+    return inputs, calls_of(function, [i.arguments() for i in inputs], 2 * len(inputs))
+
+
+def ours(setting: tuple[Any, ...], inputs: list[Inputs], program: Any, found: dict[str, float], around: Any) -> str:
+    """A line of the table: one implementation at one case."""
+    name, implementation, page_len, kv_dtype = setting
+    rows = CASES[name]
+    measured = profile(program, 2 * len(inputs), repeats=3, around=around)
     kernels = sum(t for kernel, t in measured.kernels.items() if any(k in kernel for k in KERNELS))
     merge = sum(t for kernel, t in measured.kernels.items() if KERNELS[1] in kernel)
     seconds = kernels or measured.seconds
     ops, read = num_flops(rows), num_bytes(rows, kv_dtype)
     floors = ops / found["bf16_flops"], read / found["read_bytes_per_s"]
-    out, again = (np.asarray(measured.outputs[i]) for i in (0, len(inputs)))
+    out, again = (measured.outputs[i] for i in (0, len(inputs)))
     plan = measured.seconds - seconds
     case = f"{name:17s} {kv_dtype:4s} {page_len:3d} {implementation:22s}"
     rest = f"(merge {merge * 1e6:5.1f}, plan {plan * 1e6:5.1f})"
     took = f"floor {max(floors) * 1e6:8.1f} us, took {seconds * 1e6:8.1f} us {rest}"
     sides = f"{100 * floors[0] / seconds:5.1f} %ops {100 * floors[1] / seconds:5.1f} %bytes"
-    right = f"error {_error(inputs[0], out):.2e} same {np.array_equal(out, again)}"
+    right = f"error {_error(inputs[0], out):.2e} same {bool((out == again).all())}"
     return (
         f"{case} {took} = {100 * max(floors) / seconds:5.1f} % | {ops / seconds / 1e12:6.1f} TFLOP/s {sides} | {right}"
     )
 
 
-def _error(inputs: Inputs, out: np.ndarray) -> float:
+def _error(inputs: Inputs, out: jax.Array) -> float:
     tokens, heads, want = truth(inputs)
-    return relative_error(out[tokens, heads].astype(np.float32), want)
+    return relative_error(np.asarray(out[tokens, heads].astype(np.float32)), want)
 
 
 def check(name: str, implementation: Implementation, page_len: int, kv_dtype: str) -> str:
     inputs = make_inputs(CASES[name], page_len, kv_dtype, 0)
-    out = np.asarray(ragged_paged_attention(*inputs.arguments(), implementation=implementation))
+    out = ragged_paged_attention(*inputs.arguments(), implementation=implementation)
     return f"{name:17s} {kv_dtype:4s} {page_len:3d} {implementation:22s} error {_error(inputs, out):.2e}"
 
 
-def dense_peers(name: str, found: dict[str, float], around: Any) -> Iterator[str]:
+def dense_peers(name: str, dense: peers.Dense, found: dict[str, float], around: Any) -> Iterator[str]:
     """Lines of the peers, for cases of one row."""
     [(before, new)] = CASES[name]
     ops, every = num_flops(CASES[name]), 4.0 * Q * H * new * (before + new)
     want = np.zeros(0)
-    for found_one in peers.measure(before, new, around):
+    for found_one in peers.measure(dense, around):
         if isinstance(found_one, tuple):
             yield f"{name:17s}          {found_one[0]:22s} not measured: {found_one[1]}"
             continue
@@ -102,14 +108,18 @@ def lines(args: argparse.Namespace, around: Any) -> Iterator[str]:
     if args.no_times:
         yield from (check(*setting) for setting in settings)
         return
+    with futures.ThreadPoolExecutor(8) as threads:
+        programs = [threads.submit(prepared, *setting) for setting in settings]
+        dense = [name for name in args.cases.split(",") if not args.no_peers and len(CASES[name]) == 1]
+        of_peers = [threads.submit(peers.prepared, *CASES[name][0]) for name in dense]
+        futures.wait(programs)
+        futures.wait(of_peers)
     found = ceilings(around)
     yield ", ".join(f"{name} {value / 1e12:.2f}e12" for name, value in found.items())
-    measures: list[Callable[[], Any]] = [functools.partial(ours, *setting, found, around) for setting in settings]
-    for measure in measures:
-        yield measure()
-    for name in args.cases.split(","):
-        if not args.no_peers and len(CASES[name]) == 1:
-            yield from dense_peers(name, found, around)
+    for setting, program in zip(settings, programs, strict=True):
+        yield ours(setting, *program.result(), found, around)
+    for name, peer in zip(dense, of_peers, strict=True):
+        yield from dense_peers(name, peer.result(), found, around)
 
 
 def main(argv: list[str] | None = None, around: Callable[[], Any] | None = None) -> int:

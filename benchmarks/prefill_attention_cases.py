@@ -81,15 +81,20 @@ def truth(inputs: Inputs, samples: int = 3) -> tuple[np.ndarray, np.ndarray, np.
     for row in range(min(len(num), 6)):
         length = int(start[row] + num[row])
         heads = np.append(rng.integers(0, Q, 3), Q - 1)
-        own = table[row, : -(-length // inputs.k_pages.shape[1])]
-        k, v = (np.asarray(a[own].astype(jnp.float32)).reshape(-1, G, H) for a in (inputs.k_pages, inputs.v_pages))
         index = np.unique(np.append(rng.integers(0, num[row], samples), [0, num[row] - 1]))
-        mine = np.asarray(inputs.q[offsets[row] + index].astype(jnp.float32))
-        for (at, token), head in ((pair, head) for pair in enumerate(index) for head in heads):
-            seen = slice(0, int(start[row]) + int(token) + 1)
-            scores = k[seen, head // (Q // G)].astype(np.float64) @ mine[at, head].astype(np.float64) / np.sqrt(H)
-            weights = np.exp(scores - scores.max())
-            found[0].append(int(offsets[row] + token))
-            found[1].append(int(head))
-            found[2].append(weights @ v[seen, head // (Q // G)] / weights.sum())
+        own = table[row, : -(-length // inputs.k_pages.shape[1])]
+        for head in heads:
+            k, v = (_float64(pages[own, :, head // (Q // G)]) for pages in (inputs.k_pages, inputs.v_pages))
+            for token, mine in zip(index, _float64(inputs.q[offsets[row] + index, head]), strict=True):
+                seen = slice(0, int(start[row]) + int(token) + 1)
+                scores = k[seen] @ mine / np.sqrt(H)
+                weights = np.exp(scores - scores.max())
+                found[0].append(int(offsets[row] + token))
+                found[1].append(int(head))
+                found[2].append(weights @ v[seen] / weights.sum())
     return np.array(found[0]), np.array(found[1]), np.array(found[2])
+
+
+def _float64(array: jax.Array) -> np.ndarray:
+    """`[..., H]` as rows on the host; only what is asked for leaves the device."""
+    return np.asarray(array.astype(jnp.float32), np.float64).reshape(-1, H)

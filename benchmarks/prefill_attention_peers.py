@@ -1,6 +1,7 @@
 """Peers of the prefill attention benchmark, on dense keys and values of the same lengths: cuDNN and torch."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,24 @@ class Measured:
     last: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """Two inputs of a case, q `[1, new, Q, H]` and k and v `[1, before + new, G, H]`, and cuDNN compiled for them."""
+
+    inputs: list[tuple[jax.Array, jax.Array, jax.Array]]
+    cudnn: Any  # a program of four calls, or why there is none
+
+
+def prepared(before: int, new: int) -> Dense:
+    """JAX's cuDNN knows a causal mask that begins at position 0 only, so it is given none."""
+    inputs = [dense(before, new, seed) for seed in range(2)]
+    try:
+        attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+        return Dense(inputs, calls_of(jax.jit(attend), inputs, 4))
+    except Exception as error:
+        return Dense(inputs, str(error).splitlines()[0][:100])
+
+
 def dense(before: int, new: int, seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q [1, new, Q, H], k and v [1, before + new, G, H]."""
     keys = [jax.random.key(100 + 3 * seed + i, impl="rbg") for i in range(3)]
@@ -38,34 +57,29 @@ def last_truth(q: jax.Array, k: jax.Array, v: jax.Array) -> np.ndarray:
     return np.einsum("gqs,sgh->gqh", weights / weights.sum(-1, keepdims=True), values).reshape(Q, H)
 
 
-def measure(before: int, new: int, around: Any) -> Iterator[Measured | tuple[str, str]]:
+def measure(dense: Dense, around: Any) -> Iterator[Measured | tuple[str, str]]:
     """Each peer's time, or (name, why there is none); and the truth of the last query first."""
-    inputs = [dense(before, new, seed) for seed in range(2)]
-    yield Measured("truth", 0.0, last_truth(*inputs[0]))
-
-    def cudnn(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-
-    try:
-        found = profile(calls_of(jax.jit(cudnn), inputs, 4), 4, repeats=3, around=around)
+    yield Measured("truth", 0.0, last_truth(*dense.inputs[0]))
+    if isinstance(dense.cudnn, str):
+        yield "jax cuDNN, no mask", dense.cudnn
+    else:
+        found = profile(dense.cudnn, 4, repeats=3, around=around)
         yield Measured("jax cuDNN, no mask", found.seconds, np.asarray(found.outputs[0][0, -1].astype(jnp.float32)))
-    except Exception as error:
-        yield "jax cuDNN, no mask", str(error).splitlines()[0][:100]
     torch = torch_or_none()
     if torch is None:
         yield "torch SDPA", "no torch with CUDA"
         return
-    tensors = [[torch.from_dlpack(a).transpose(1, 2) for a in one] for one in inputs]  # [1, heads, tokens, H]
-    yield from _torch(torch, tensors, before, new, around)
+    tensors = [[torch.from_dlpack(a).transpose(1, 2) for a in one] for one in dense.inputs]  # [1, heads, tokens, H]
+    yield from _torch(torch, tensors, around)
 
 
-def _torch(torch: Any, tensors: list[Any], before: int, new: int, around: Any) -> Iterator[Measured | tuple[str, str]]:
+def _torch(torch: Any, tensors: list[Any], around: Any) -> Iterator[Measured | tuple[str, str]]:
     from torch.nn.attention import SDPBackend, sdpa_kernel  # pyright: ignore[reportMissingImports]
     from torch.nn.attention.bias import causal_lower_right  # pyright: ignore[reportMissingImports]
 
     attention = torch.nn.functional.scaled_dot_product_attention
     wide = [(q, *(a.repeat_interleave(Q // G, dim=1) for a in (k, v))) for q, k, v in tensors]
-    mask = causal_lower_right(new, before + new)
+    mask = causal_lower_right(tensors[0][0].shape[2], tensors[0][1].shape[2])
     forms = (
         ("torch flash, causal", SDPBackend.FLASH_ATTENTION, wide, {"attn_mask": mask}),
         ("torch cuDNN, no mask", SDPBackend.CUDNN_ATTENTION, tensors, {"enable_gqa": True}),

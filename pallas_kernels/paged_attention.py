@@ -113,7 +113,7 @@ def paged_attention(
     xla, pallas, reference = (functools.partial(form, **options) for form in (_xla, _pallas, _reference))
     if implementation == "reference":
         return reference(*arrays)
-    reason = _pallas_refuses(q, k_pages, sliding_window, sinks is not None)
+    reason = _pallas_refuses(q, k_pages, sliding_window)
     if implementation == "pallas":
         if reason:
             raise ValueError(f"paged_attention: 'pallas' {reason}")
@@ -133,7 +133,7 @@ def _check(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, sinks: jax.Arra
         raise ValueError(f"paged_attention: expected sinks [Q] = {q.shape[2:3]}, got {sinks.shape}")
 
 
-def _pallas_refuses(q: jax.Array, k_pages: jax.Array, sliding_window: int | None, has_sinks: bool) -> str:
+def _pallas_refuses(q: jax.Array, k_pages: jax.Array, sliding_window: int | None) -> str:
     """Why the Mosaic kernels can't compute this, or nothing."""
     if isinstance(sliding_window, jax.Array):
         return "expected sliding_window to be known when it is traced"
@@ -149,8 +149,6 @@ def _pallas_refuses(q: jax.Array, k_pages: jax.Array, sliding_window: int | None
     group = q.shape[2] // num_kv_heads
     if group > 16:
         return f"expected at most 16 query heads a KV head, got {group}"
-    if has_sinks and group % 2:  # their vector load is misaligned then: seen on an H100
-        return f"with sinks expected an even number of query heads a KV head, got {group}"
     return ""
 
 

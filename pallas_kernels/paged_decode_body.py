@@ -2,7 +2,7 @@
 
 A block is a stream: one warpgroup loads pages by TMA, some tiles of 64 tokens ahead, one computes. scores^T = K q^T and
 out^T = V^T p^T, so that tokens and head size fill wgmma's M and the few query heads of a KV head are its N. See
-`paged_decode_plan` for what a stream reads and how streams meet.
+`paged_decode_plan` for what a stream reads and `paged_decode_share` for how streams meet.
 """
 
 import math
@@ -12,21 +12,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jmoe.pallas_kernels import paged_decode_plan as planning
+from jmoe.pallas_kernels import paged_decode_share as sharing
 from jmoe.pallas_kernels import simt
-from jmoe.pallas_kernels.paged_decode_plan import MASKED, UNIT, Decode
+from jmoe.pallas_kernels.grouped_matmul_threads import load_by_row
+from jmoe.pallas_kernels.paged_decode_plan import MASKED, TILE, UNIT, Decode
+from jmoe.pallas_kernels.paged_decode_stream import Stream, load_pages, num_tiles
 
-TILE_UNITS = 4  # 64 tokens: wgmma's M
-TILE = UNIT * TILE_UNITS
 LOG2E = math.log2(math.e)
 LAYOUT = plgpu.Layout.WGMMA
 TURNED = plgpu.Layout.WGMMA_TRANSPOSED  # the same, by columns: what is stored transposed
 BYTES = plgpu.Layout.WGMMA_UPCAST_2X  # of 8-bit elements that will be 16-bit ones in LAYOUT
 BY_HEAD = LAYOUT.reduce(0)
-
-
-def _num_tiles(length):
-    return lax.div(length + (TILE_UNITS - 1), jnp.int32(TILE_UNITS))
+AT_ONCE = 4  # partial results of a KV head's 8 query heads on their way: 48 registers; half as many of 16
 
 
 def _down(vector, length):
@@ -44,28 +41,22 @@ def _tokens(width):
 
 def body_of(shape: Decode):
     group, head_dim, n, stages, dtype = shape.group, shape.head_dim, shape.columns, shape.stages, shape.dtype
-    num_heads, num_kv_heads, window = shape.num_heads, shape.num_kv_heads, shape.sliding_window
+    num_heads, num_kv_heads = shape.num_heads, shape.num_kv_heads
     soft_cap = shape.logit_soft_cap
 
     def body(
         q_g, k_g, v_g, table_g, start_g, tokens_g, k_scale_g, v_scale_g, sinks_g, plan_g,
         out_g, acc_g, ml_g, counters_g,
-        k_s, v_s, wide_s, q_s, p_s, o_s, words_s, k_full, v_full, k_free, v_free,
+        k_s, v_s, wide_s, q_s, p_s, o_s, run_s, run_ml_s, words_s, k_full, v_full, k_free, v_free,
     ):  # fmt: skip
         stream, role = lax.axis_index("stream"), lax.axis_index("wg")
-        if shape.interpret:
-            begin = [plan_g[stream, word] for word in range(4)]
-        else:
+        if not shape.interpret:
             plgpu.griddepcontrol_wait()
             plgpu.griddepcontrol_launch_dependents()
-            make = planning.plan_program(shape.rows, shape.num_streams, num_kv_heads, window, tokens_g is not None)
-            simt.program(make, start_g, *([] if tokens_g is None else [tokens_g]), words_s.at[role])
-            begin = [words_s[role, word] for word in range(4)]
-        first_row, first_unit, count, share = begin
+            plan = sharing.plan_program(shape, tokens_g is not None)
+            simt.program(plan, start_g, *([] if tokens_g is None else [tokens_g]), words_s.at[role])
         head = lax.rem(stream, jnp.int32(num_kv_heads))
-
-        def bounds_of(row):
-            return planning.bounds(start_g[row], 1 if tokens_g is None else tokens_g[row], window)
+        mine = Stream(shape, stream, head, start_g, tokens_g, plan_g, words_s.at[role])
 
         def place(row):
             """Rows of q that fill the columns, and how many of the first ones belong to others."""
@@ -73,131 +64,107 @@ def body_of(shape: Decode):
             start = jnp.minimum(want, shape.flat_rows - n)
             return start, want - start
 
-        def walk(fetch, piece):
-            """piece(row, unit, length, fetched, tile) for every piece; how many tiles there were."""
-
-            def step(state):
-                row, unit, left, tile, fetched = state
-                ahead = fetch(jnp.minimum(row + 1, shape.rows - 1))
-                length = jnp.minimum(fetched[0][2] - unit, left)
-                piece(row, unit, length, fetched, tile)
-                return row + 1, jnp.int32(0), left - length, tile + _num_tiles(length), ahead
-
-            start = (first_row, first_unit, count, jnp.int32(0), fetch(first_row))
-            return lax.while_loop(lambda state: state[2] > 0, step, start)[3]
-
         @pl.when(role == 1)
         def _load():
-            def piece(row, unit, length, fetched, tile):
-                base = lax.div(fetched[0][0], jnp.int32(UNIT)) + unit
-
-                def load(i, _):
-                    slot = lax.rem(tile + i, jnp.int32(stages))
-                    where = []
-                    for j in range(TILE_UNITS):  # behind the piece's end its last unit again, out of L2
-                        token = (base + jnp.minimum(i * TILE_UNITS + j, length - 1)) * UNIT
-                        page = table_g[row, lax.div(token, jnp.int32(shape.page_len))]
-                        where.append((page, pl.ds(lax.rem(token, jnp.int32(shape.page_len)), UNIT), head))
-                    for pages, smem, full, free in ((k_g, k_s, k_full, k_free), (v_g, v_s, v_full, v_free)):
-
-                        @pl.when(tile + i >= stages)
-                        def _(free=free):
-                            plgpu.barrier_wait(free.at[slot])
-
-                        for j, cells in enumerate(where):
-                            to = smem.at[slot, pl.ds(j * UNIT, UNIT)]
-                            plgpu.copy_gmem_to_smem(pages.at[cells], to, full.at[slot])
-
-                lax.fori_loop(0, _num_tiles(length), load, None)
-
-            num_tiles = walk(lambda row: (bounds_of(row),), piece)
-            for last in range(1, stages + 1):  # nobody leaves while another may still arrive
-
-                @pl.when(num_tiles >= last)
-                def _(last=last):
-                    slot = lax.rem(num_tiles - last, jnp.int32(stages))
-                    plgpu.barrier_wait(k_free.at[slot])
-                    plgpu.barrier_wait(v_free.at[slot])
+            load_pages(mine, table_g, ((k_g, k_s, k_full, k_free), (v_g, v_s, v_full, v_free)))
 
         @pl.when(role == 0)
         def _compute():
             if not shape.interpret:
-                simt.program(planning.open_counter, words_s.at[0], counters_g.at[stream])
+                simt.program(sharing.open_program(shape), counters_g.at[head])
             scale = k_scale_g[0] * (head_dim**-0.5 * LOG2E)
 
+            def queries_of(row):
+                return plgpu.load(q_g.at[pl.ds(place(row)[0], n)].T, (), layout=TURNED, optimized=False)
+
             def fetch(row):
-                rows = pl.ds(place(row)[0], n)
-                return bounds_of(row), plgpu.load(q_g.at[rows].T, (), layout=TURNED, optimized=False)
+                """The queries of a row ahead, but for float8: it has no registers left for them."""
+                return mine.bounds(row), None if shape.small_pages else queries_of(row)
+
+            def sinks_of(first):
+                if shape.interpret:
+                    return plgpu.load(sinks_g.at[pl.ds(first, n)], (), layout=BY_HEAD, optimized=False)
+                return load_by_row(sinks_g, n, first, jnp.int32(0))
 
             def write(row, acc, m, total):
                 """total [n], already summed."""
                 skipped = place(row)[1]
                 if sinks_g is not None:
-                    own = pl.ds(n + head * group - skipped, n)
-                    total = total + jnp.exp2(plgpu.load(sinks_g.at[own], (), layout=BY_HEAD, optimized=False) - m)
+                    total = total + jnp.exp2(sinks_of(n + head * group - skipped) - m)
                 out = acc * _down(v_scale_g[0] / total, head_dim)
                 o_s.T[...] = plgpu.layout_cast(out.astype(shape.out_dtype), TURNED)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(o_s.at[pl.ds(skipped, group)], out_g.at[row, pl.ds(head * group, group)])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-            def partial(row_range, first_range):
-                at = row_range * num_kv_heads + head, jnp.where(row_range == first_range, 1, 0)
+            def partial(row, index):
+                at = row, head, index
                 m, total = (plgpu.load(ml_g.at[*at, i], (), layout=BY_HEAD, optimized=False) for i in (0, 1))
                 return plgpu.load(acc_g.at[at], (), layout=LAYOUT, optimized=False), m, total
 
-            def merge(row, start, units, owner_word):
-                """If this stream came last: all pieces of the row, in order, the next on its way while one is added."""
-                first_range, last_range = lax.div(start, share), lax.div(start + units - 1, share)
+            def keep(row, index, acc, m, total):
+                acc_g[row, head, index] = acc
+                ml_g[row, head, index, 0] = m
+                ml_g[row, head, index, 1] = total
 
-                def add(i, carry):
-                    (acc, m, total), (acc_i, m_i, total_i) = carry
-                    ahead = partial(jnp.minimum(i + 1, last_range), first_range)
-                    m_new = jnp.maximum(m, m_i)
-                    old, new = jnp.exp2(m - m_new), jnp.exp2(m_i - m_new)
-                    acc = acc * _down(old, head_dim) + acc_i * _down(new, head_dim)
-                    return (acc, m_new, total * old + total_i * new), ahead
+            def add(sum_of_earlier, piece):
+                """Maxima are whole numbers, so the factors powers of two: no product is rounded."""
+                (acc, m, total), (acc_i, m_i, total_i) = sum_of_earlier, piece
+                m_new = jnp.maximum(m, m_i)
+                old, new = jnp.exp2(m - m_new), jnp.exp2(m_i - m_new)
+                acc = acc * _down(old, head_dim) + acc_i * _down(new, head_dim)
+                return acc, m_new, total * old + total_i * new
 
-                @pl.when(words_s[0, owner_word] == last_range - first_range)
-                def _():
-                    owner = first_range * num_kv_heads + head
-                    counters_g[owner, 0] = 0
-                    counters_g[owner, 1] = 0
-                    begin = partial(first_range, first_range)
-                    ahead = partial(first_range + 1, first_range)
-                    (acc, m, total), _ = lax.fori_loop(first_range + 1, last_range + 1, add, (begin, ahead))
-                    write(row, acc, m, total)
+            def merge(row, cover):
+                """All pieces of a row, in order; some on their way together, as each takes a microsecond to come."""
+                count, at_once = shape.cut(mine.bounds(row)[2])[0], AT_ONCE * 8 // n
+
+                def step(i, found):
+                    first = cover + i * at_once
+                    together = [partial(row, jnp.minimum(first + j, count - 1)) for j in range(at_once)]
+                    for j, piece in enumerate(together):
+                        more = add(found, piece)
+                        there = first + j < count
+                        found = tuple(jnp.where(there, new, old) for new, old in zip(more, found, strict=True))
+                    return found
+
+                rounds = lax.div(count - cover + (at_once - 1), jnp.int32(at_once))
+                write(row, *lax.fori_loop(0, rounds, step, partial(row, jnp.int32(0))))
 
             def meet():
-                """The rows that this stream shares, once its own part is done: nothing waits for memory before that."""
-                start = lax.div(stream, jnp.int32(num_kv_heads)) * share - first_unit
-                owner = lax.div(start, share) * num_kv_heads + head
-                simt.program(planning.arrive, words_s.at[0], counters_g.at[owner], counters_g.at[stream])
+                """At the end, when nothing else waits: counts what this stream left of the rows at its range's ends."""
+                (first_row, first_piece), (end_row, end_piece) = mine.ends()
+                rows = [jnp.minimum(row, shape.rows - 1) for row in (first_row, end_row)]
+                first, last, count, _ = mine.pieces(rows[0], mine.bounds(rows[0])[2])
+                cover = jnp.where((end_row == first_row) & (first_piece > 0), 0, end_piece)
+                left = jnp.where(first_piece > 0, last - first, 0), cover
+                counts = count, shape.cut(mine.bounds(rows[1])[2])[0]
+                given = rows[0], left[0], rows[1], left[1], cover
+                simt.program(sharing.arrive_program(shape), counters_g.at[head], words_s.at[0], words=given)
+                for i in (0, 1):
 
-                @pl.when((first_unit > 0) & (count > 0))
-                def _():
-                    merge(first_row, start, bounds_of(first_row)[2], planning.EARLIER)
+                    @pl.when((left[i] > 0) & (words_s[0, sharing.BEFORE + i] + left[i] == counts[i]))
+                    def _(i=i):
+                        merge(rows[i], words_s[0, sharing.COVER + i])
 
-                cut_row, cut_start, cut_units = (words_s[0, planning.CUT_ROW + i] for i in range(3))
+                simt.program(sharing.leave_program(shape), counters_g.at[head])
 
-                @pl.when(cut_row >= 0)
-                def _():
-                    merge(cut_row, cut_start, cut_units, planning.EARLIER + 1)
-
-            def widened(pages, slot, free, end):
-                """Float8 pages as wgmma reads them, zeros from `end` on."""
-                for part in range(head_dim // 64):  # few at a time: 128 registers a thread for two streams an SM
+            def widened(pages, slot, free):
+                """Float8 pages as wgmma reads them."""
+                # The first waits for other warps' products that read what stands there; all keep the parts apart: two
+                # streams an SM have 128 registers a thread.
+                for part in range(head_dim // 64):
+                    plgpu.commit_smem()
                     own = pl.ds(part * 64, 64)
                     small = plgpu.load(pages.at[slot, :, own], (), layout=BYTES, optimized=False)
-                    wide = plgpu.layout_cast(small.astype(dtype), LAYOUT)
-                    wide_s[:, own] = jnp.where(_tokens(64) < end, wide, jnp.zeros_like(wide))
+                    wide_s[:, own] = plgpu.layout_cast(small.astype(dtype), LAYOUT)
                 plgpu.barrier_arrive(free.at[slot])
                 plgpu.commit_smem()
                 return wide_s
 
             def scores_of(slot):
                 """[TILE, n] float32."""
-                keys = widened(k_s, slot, k_free, TILE) if shape.small_pages else k_s.at[slot]
+                keys = widened(k_s, slot, k_free) if shape.small_pages else k_s.at[slot]
 
                 def product(acc_ref):
                     plgpu.wgmma(acc_ref, keys, q_s.T)
@@ -213,36 +180,77 @@ def body_of(shape: Decode):
 
             def values_of(slot, end):
                 """The tile that wgmma reads. What stands behind the end is another's, and may be NaN."""
-                if shape.small_pages:
-                    return widened(v_s, slot, v_free, end)
+                tile = widened(v_s, slot, v_free) if shape.small_pages else v_s.at[slot]
 
                 @pl.when(end < TILE)
                 def _():
-                    for part in range(head_dim // 64):  # few at a time: 128 registers a thread for two streams an SM
-                        some = v_s.at[slot, :, pl.ds(part * 64, 64)]
+                    for part in range(head_dim // 64):
+                        some = tile.at[:, pl.ds(part * 64, 64)]
                         values = plgpu.load(some, (), layout=LAYOUT)
                         some[...] = jnp.where(_tokens(64) < end, values, jnp.zeros_like(values))
 
-                return v_s.at[slot]
+                return tile
 
-            def piece(row, unit, length, fetched, tile):
+            def segment(row, fetched, tile):
+                """Its pieces: those from the row's first on are added up in shared memory, others left to a merge."""
                 (low, high, units), queries = fetched
-                if shape.small_pages:
-                    queries = (queries.astype(jnp.float32) * scale).astype(dtype)
-                q_s.T[...] = queries
+                first, last, count, each = mine.pieces(row, units)
+                base = (lax.div(low, jnp.int32(UNIT)) + first * each) * UNIT
+                tiles = num_tiles(jnp.minimum(last * each, units) - first * each)
+                kept = row, first, last, count, num_tiles(each), tile, tiles, low - base, high - base
+                if not shape.interpret:
+                    simt.program(sharing.keep_words, words_s.at[0], words=kept)
+                if queries is None:
+                    q_s.T[...] = (queries_of(row).astype(jnp.float32) * scale).astype(dtype)
+                else:
+                    q_s.T[...] = queries
                 plgpu.commit_smem()
-                base = (lax.div(low, jnp.int32(UNIT)) + unit) * UNIT
+
+                def read(*indices):
+                    """What is not needed in between stands in shared memory: two streams an SM have 128 registers."""
+                    return [kept[i] if shape.interpret else words_s[0, sharing.KEPT + i] for i in indices]
+
+                def piece(index, _):
+                    first, each, tile, tiles, low, high = read(1, 4, 5, 6, 7, 8)
+                    begin = (index - first) * each
+                    found = attended(tile, begin, jnp.minimum(begin + each, tiles), low, high)
+                    row, first, last, count = read(0, 1, 2, 3)
+
+                    def added():
+                        so_far = plgpu.load(run_s, (), layout=LAYOUT, optimized=False)
+                        m, total = (plgpu.load(run_ml_s.at[i], (), layout=BY_HEAD, optimized=False) for i in (0, 1))
+                        return add((so_far, m, total), found)
+
+                    found = lax.cond((first == 0) & (index > 0), added, lambda: found)
+
+                    @pl.when((first == 0) & (index == count - 1))
+                    def _():
+                        write(row, *found)
+
+                    @pl.when((first == 0) & (index < last - 1))
+                    def _():
+                        run_s[...], run_ml_s[0], run_ml_s[1] = found
+
+                    @pl.when((first > 0) | ((index == last - 1) & (index < count - 1)))
+                    def _():
+                        keep(row, jnp.where(first > 0, index, 0), *found)
+
+                lax.fori_loop(first, last, piece, None)
+                return read(6)[0]
+
+            def attended(tile, begin, end_tile, low, high):
+                """acc, maxima and sums of tiles `begin` to `end_tile` of a segment."""
 
                 def attend(i, carry):
                     acc, m, total = carry
                     slot = lax.rem(tile + i, jnp.int32(stages))
                     plgpu.barrier_wait(k_full.at[slot])
                     s = scores_of(slot)
-                    start = base + i * TILE
-                    end = jnp.minimum(high - start, length * UNIT - i * TILE)  # of what this piece holds, in the tile
+                    start = i * TILE
+                    end = high - start  # of the row's own tokens, in the tile
                     token = _tokens(n)
                     s = jnp.where((token < end) & (token >= low - start), s, MASKED)
-                    m_new = jnp.maximum(m, s.max(axis=0))
+                    m_new = jnp.maximum(m, jnp.round(s.max(axis=0)))
                     p = jnp.exp2(s - _down(m_new, TILE))
                     alpha = jnp.exp2(m - m_new)
                     p_s.T[...] = plgpu.layout_cast(p.astype(dtype), TURNED)
@@ -260,21 +268,10 @@ def body_of(shape: Decode):
                     return acc * _down(alpha, head_dim) + new, m_new, total * _down(alpha, TILE) + p
 
                 none = _filled(0, (head_dim, n), LAYOUT), _filled(MASKED, (n,), BY_HEAD), _filled(0, (TILE, n), LAYOUT)
-                acc, m, total = lax.fori_loop(0, _num_tiles(length), attend, none)
-                total = total.sum(axis=0)
+                acc, m, total = lax.fori_loop(begin, end_tile, attend, none)
+                return acc, m, total.sum(axis=0)
 
-                @pl.when(length == units)
-                def _():
-                    write(row, acc, m, total)
-
-                @pl.when(length < units)
-                def _():
-                    kept = jnp.where(unit > 0, 0, 1)
-                    acc_g[stream, kept] = acc
-                    ml_g[stream, kept, 0] = m
-                    ml_g[stream, kept, 1] = total
-
-            walk(fetch, piece)
+            mine.walk(fetch, segment)
             if not shape.interpret:
                 meet()
             plgpu.wait_smem_to_gmem(0)

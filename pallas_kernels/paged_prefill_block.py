@@ -10,11 +10,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels.paged_prefill_plan import (
-    BEGIN_ITEM,
-    BEGIN_TILE,
+    HEAD_ITEM,
+    HEAD_TILES,
+    LINE_BEGIN,
+    LINE_ITEMS,
+    LINE_STEP,
     NUM_TILES,
     ROW_TILE,
-    SHARE,
+    TAIL_ITEM,
+    TAIL_TILE,
+    TAIL_TILES,
     UNIT,
     WAVES,
     PrefillTiles,
@@ -102,8 +107,11 @@ class PrefillRefs:
     scales_g: Any
     sinks_g: Any
     out_g: Any
-    acc_g: Any
+    acc_g: Any  # parts
     ml_g: Any
+    state_g: Any  # of cut items, as parts are
+    state_ml_g: Any
+    flags_g: Any
     q_s: Any
     k_s: Any
     v_s: Any
@@ -121,28 +129,33 @@ class PrefillRefs:
 
 
 def walk(shape: PrefillShape, refs: PrefillRefs, piece: Any, carry: Any) -> tuple[Any, Any]:
-    """piece(item, first tile, tiles, whole, slot, tiles before, carry) for all pieces of this thread block.
+    """piece(item, first tile, tiles, tiles before, carry) for all pieces of this thread block.
+
+    The beginning of an item that another ends comes first, the end of one that another began last: then nobody waits.
 
     Returns:
       The number of tiles of all pieces, and the last carry.
     """
     block = lax.axis_index("block")
-    num_waves = refs.shares_g[block, WAVES]
+    used = WAVES, HEAD_TILES, LINE_BEGIN, LINE_ITEMS, LINE_STEP, TAIL_TILES
+    share = {column: refs.shares_g[block, column] for column in used}
+    heads = jnp.where(share[HEAD_TILES] > 0, 1, 0)
+    begin_line = heads + share[WAVES]
+    begin_tail = begin_line + share[LINE_ITEMS]
+    end = begin_tail + jnp.where(share[TAIL_TILES] > 0, 1, 0)
 
     def step(state):
-        wave, item, tile, left, pieces, before, carry = state
-        dealt = wave < num_waves
-        now = jnp.where(dealt, block + wave * shape.num_blocks, item)
-        first = jnp.where(dealt, 0, tile)
-        work = refs.items_g[now, NUM_TILES]
-        length = jnp.where(dealt, work, jnp.minimum(work - first, left))
-        carry = piece(now, first, length, length == work, block * 2 + jnp.minimum(pieces, 1), before, carry)
-        rest = jnp.where(dealt, item, item + 1), jnp.where(dealt, tile, 0), jnp.where(dealt, left, left - length)
-        return wave + 1, *rest, jnp.where(dealt, pieces, pieces + 1), before + length, carry
+        i, before, carry = state
+        head, tail = i < heads, i >= begin_tail
+        line = share[LINE_BEGIN] + (i - begin_line) * share[LINE_STEP]
+        wave = jnp.where(i < begin_line, block + (i - heads) * shape.num_blocks, line)
+        cut = jnp.where(head, refs.shares_g[block, HEAD_ITEM], refs.shares_g[block, TAIL_ITEM])
+        item = jnp.where(head | tail, cut, wave)
+        first = jnp.where(tail, refs.shares_g[block, TAIL_TILE], 0)
+        length = jnp.where(head, share[HEAD_TILES], jnp.where(tail, share[TAIL_TILES], refs.items_g[item, NUM_TILES]))
+        return i + 1, before + length, piece(item, first, length, before, carry)
 
-    begin = (refs.shares_g[block, column] for column in (BEGIN_ITEM, BEGIN_TILE, SHARE))
-    start = (jnp.int32(0), *begin, jnp.int32(0), jnp.int32(0), carry)
-    return lax.while_loop(lambda state: (state[0] < num_waves) | (state[3] > 0), step, start)[-2:]
+    return lax.while_loop(lambda state: state[0] < end, step, (jnp.int32(0), jnp.int32(0), carry))[1:]
 
 
 def across(vector, length):

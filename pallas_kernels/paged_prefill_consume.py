@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jmoe.pallas_kernels import simt
 from jmoe.pallas_kernels.paged_prefill_block import (
     BY_ROW,
     LAYOUT,
@@ -19,13 +20,17 @@ from jmoe.pallas_kernels.paged_prefill_block import (
     store_rows,
     walk,
 )
+from jmoe.pallas_kernels.paged_prefill_pass import hand_on, take_over
 from jmoe.pallas_kernels.paged_prefill_plan import (
     FIRST_POS,
     FIRST_TILE,
     FIRST_TOKEN,
+    HANDS_IT,
     HEAD_BLOCK,
     LEAD,
+    NUM_TILES,
     NUM_TOKENS,
+    PART,
     ROW_TILE,
 )
 
@@ -148,18 +153,48 @@ class Consumer:
         p, m, total, alpha = self.softmax(s, m, total, piece, tile, with_mask)
         return acc * across(alpha, self.shape.head_dim), m, total, p.astype(self.shape.dtype)
 
-    def attend(self, piece: Piece, num_tokens: Any) -> tuple[Any, Any, Any]:
-        """acc, m and sum of a piece. Tiles that all queries see whole need no mask."""
-        kv_tile, window = self.shape.tiles.kv_tile, self.shape.sliding_window
+    @property
+    def rows(self) -> Any:
+        return pl.ds(self.role * ROW_TILE, ROW_TILE)
+
+    def fresh(self) -> tuple[Any, Any, Any]:
         acc = plgpu.layout_cast(jnp.zeros((ROW_TILE, self.shape.head_dim), jnp.float32), LAYOUT)
         m = plgpu.layout_cast(jnp.full((ROW_TILE,), LOWEST, jnp.float32), BY_ROW)
         total = plgpu.layout_cast(jnp.zeros((ROW_TILE,), jnp.float32), BY_ROW)
-        carry: Any = (acc, m, total)
+        return acc, m, total
+
+    def taken_over(self) -> tuple[Any, Any, Any]:
+        """What the block that began the item hands on."""
+        refs = self.refs
+        block = refs.shares_g[lax.axis_index("block"), HANDS_IT]
+        if not self.shape.interpret:
+            simt.program(take_over, refs.flags_g.at[block, self.role])
+        m, total = (
+            plgpu.load(refs.state_ml_g.at[block, i, self.rows], (), layout=BY_ROW, optimized=False) for i in (0, 1)
+        )
+        return plgpu.load(refs.state_g.at[block, self.rows], (), layout=LAYOUT, optimized=False), m, total
+
+    def handed_on(self, acc: Any, m: Any, total: Any) -> None:
+        block = lax.axis_index("block")
+        self.keep(self.refs.state_g.at[block], self.refs.state_ml_g.at[block], acc, m, total)
+        if not self.shape.interpret:
+            simt.program(hand_on, self.refs.flags_g.at[block, self.role])
+
+    def keep(self, acc_g: Any, ml_g: Any, acc: Any, m: Any, total: Any) -> None:
+        acc_g.at[self.rows][...] = acc
+        ml_g.at[0, self.rows][...] = m
+        ml_g.at[1, self.rows][...] = total
+
+    def attend(self, piece: Piece, num_tokens: Any, carry: Any) -> tuple[Any, Any, Any]:
+        """acc, m and sum at a piece's end, those at its begin given. Tiles that all queries see whole need no mask."""
+        kv_tile, window = self.shape.tiles.kv_tile, self.shape.sliding_window
         now, step = piece.begin, self.plain
         if self.overlap:
             slot = self.slot(piece, now)
             plgpu.barrier_wait(self.refs.k_full.at[slot])
-            p, m, total, _ = self.softmax(self.scores(slot), m, total, piece, now, True)
+            acc, m, total = carry
+            p, m, total, alpha = self.softmax(self.scores(slot), m, total, piece, now, True)
+            acc = acc * across(alpha, self.shape.head_dim)
             carry, now, step = (acc, m, total, p.astype(self.shape.dtype)), now + 1, self.overlapped
 
         def through(now, end, with_mask, carry):
@@ -197,27 +232,23 @@ class Consumer:
             columns = pl.ds(column, shape.out_columns)
             store_rows(shape, mine, refs.out_g, token, lead, num_tokens, head_block, self.role, columns)
 
-    def part(self, slot: Any, acc: Any, m: Any, total: Any) -> None:
-        """A cut item's partial result."""
-        rows = pl.ds(self.role * ROW_TILE, ROW_TILE)
-        self.refs.acc_g.at[slot, rows][...] = acc
-        self.refs.ml_g.at[slot, 0, rows][...] = m
-        self.refs.ml_g.at[slot, 1, rows][...] = total
-
 
 def consume(shape: PrefillShape, refs: PrefillRefs, role: Any) -> None:
     """All pieces of this thread block, for the rows of warpgroup `role`."""
     consumer = Consumer(shape, refs, role, refs.scales_g[0])
 
-    def attend(item, first, length, whole, slot_out, before, carry):
+    def attend(item, first, length, before, carry):
         begin = refs.items_g[item, FIRST_TILE] + first
         piece = Piece(refs.items_g[item, FIRST_POS], begin, begin + length, before)
         num_tokens = refs.items_g[item, NUM_TOKENS]
         plgpu.barrier_wait(refs.q_full)
-        acc, m, total = consumer.attend(piece, num_tokens)
+        state = lax.cond(first > 0, consumer.taken_over, consumer.fresh)
+        state = consumer.attend(piece, num_tokens, state)
         plgpu.barrier_arrive(refs.q_free)
-        pl.when(whole)(lambda: consumer.write(item, acc, m, total))
-        pl.when(jnp.logical_not(whole))(lambda: consumer.part(slot_out, acc, m, total))
+        done, part = first + length == refs.items_g[item, NUM_TILES], refs.items_g[item, PART]
+        pl.when(jnp.logical_not(done))(lambda: consumer.handed_on(*state))
+        pl.when(done & (part < 0))(lambda: consumer.write(item, *state))
+        pl.when(done & (part >= 0))(lambda: consumer.keep(refs.acc_g.at[part], refs.ml_g.at[part], *state))
         return carry
 
     walk(shape, refs, attend, jnp.int32(0))

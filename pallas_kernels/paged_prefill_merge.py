@@ -1,4 +1,4 @@
-"""Merges the partial results of the items that the prefill plan cut, in order of position (Mosaic GPU)."""
+"""Merges the partial results of what the prefill plan made parts of, in order of position (Mosaic GPU)."""
 
 import math
 
@@ -10,15 +10,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels.paged_prefill_block import BY_ROW, LAYOUT, LOWEST, PrefillShape, across, store_rows
 from jmoe.pallas_kernels.paged_prefill_plan import (
+    FIRST_ITEM,
     FIRST_TOKEN,
     HEAD_BLOCK,
     LEAD,
-    MERGE_BLOCK,
-    MERGE_ITEM,
-    MERGE_SLOT,
+    NUM_PARTS,
     NUM_TOKENS,
+    PART,
     ROW_TILE,
-    SHARE,
     PrefillPlan,
 )
 
@@ -26,14 +25,14 @@ COLUMNS = 32  # of the head size, in one thread block of the merge: short parts,
 
 
 def merge_parts(shape: PrefillShape, out, acc, ml, plan: PrefillPlan, gaps, scales, sinks):
-    """Writes zeros to the tokens of no row and every cut item's rows, softmax-weighted sums of their parts.
+    """Writes zeros to the tokens of no row, and softmax-weighted sums of parts to the rows that have such.
 
     out = sum_j 2^(m_j - m) acc_j / (sum_j 2^(m_j - m) l_j + 2^(sink - m)), j in order of position, m the largest m_j.
 
     Args:
       shape: of the attention kernel.
       out: `[tokens, Q, H]`, whole items already written.
-      acc, ml: float32 `[2 blocks, rows, H]` and `[2 blocks, 2, rows]`, the parts.
+      acc, ml: float32 `[parts, rows, H]` and `[parts, 2, rows]`.
       plan: as of the attention kernel.
       gaps: `[n, 2]` int32, begins and ends of the tokens that get zeros.
       scales: `[2]` float32, the second of a value.
@@ -43,7 +42,7 @@ def merge_parts(shape: PrefillShape, out, acc, ml, plan: PrefillPlan, gaps, scal
       `out`, complete.
     """
     _, num_heads, head_dim = out.shape
-    num_blocks, consumers = shape.num_blocks, shape.tiles.consumers
+    num_blocks, consumers = plan.merges.shape[0], shape.tiles.consumers
 
     parts = head_dim // COLUMNS
     helpers = max(num_blocks * consumers * parts // gaps.shape[0], 1)  # thread blocks that share a gap's tokens
@@ -74,38 +73,30 @@ def merge_parts(shape: PrefillShape, out, acc, ml, plan: PrefillPlan, gaps, scal
             count = lax.div(gaps.shape[0] - 1 - me, jnp.int32(num_blocks * consumers * parts)) + 1
         lax.fori_loop(0, count, lambda i, c: fill(first + i * num_blocks * consumers * parts, c), None)
 
-    def prefill_merge(acc_g, ml_g, items_g, shares_g, gaps_g, scales_g, sinks_g, out_g, o_s, zeros_s):
+    def prefill_merge(acc_g, ml_g, items_g, merges_g, gaps_g, scales_g, sinks_g, out_g, o_s, zeros_s):
         block, consumer, part = (lax.axis_index(name) for name in ("block", "consumer", "columns"))
         fill_gaps(gaps_g, out_g, zeros_s, (block * consumers + consumer) * parts + part)
-        item = shares_g[block, MERGE_ITEM]
+        item, num_parts = merges_g[block, FIRST_ITEM], merges_g[block, NUM_PARTS]
         my_rows = pl.ds(consumer * ROW_TILE, ROW_TILE)
         my_columns = pl.ds(part * COLUMNS, COLUMNS)
 
-        @pl.when(item >= 0)
+        @pl.when(num_parts > 0)
         def _():
-            first, first_slot = shares_g[block, MERGE_BLOCK], shares_g[block, MERGE_SLOT]
+            first = items_g[item, PART]
 
             def add(j, carry):
                 acc, m, total = carry
-                slot = 2 * j + jnp.where(j == first, first_slot, 0)
-                m_j = plgpu.load(ml_g.at[slot, 0, my_rows], (), layout=BY_ROW, optimized=False)
-                total_j = plgpu.load(ml_g.at[slot, 1, my_rows], (), layout=BY_ROW, optimized=False)
-                acc_j = plgpu.load(acc_g.at[slot, my_rows, my_columns], (), layout=LAYOUT, optimized=False)
-                there = shares_g[j, SHARE] > 0  # a block whose share the waves filled has no part
-                m_j = jnp.where(there, m_j, LOWEST)
+                m_j = plgpu.load(ml_g.at[first + j, 0, my_rows], (), layout=BY_ROW, optimized=False)
+                total_j = plgpu.load(ml_g.at[first + j, 1, my_rows], (), layout=BY_ROW, optimized=False)
+                acc_j = plgpu.load(acc_g.at[first + j, my_rows, my_columns], (), layout=LAYOUT, optimized=False)
                 m_new = jnp.maximum(m, m_j)
                 old, new = jnp.exp2(m - m_new), jnp.exp2(m_j - m_new)
-                acc_new = acc * across(old, COLUMNS) + acc_j * across(new, COLUMNS)
-                return (
-                    jnp.where(there, acc_new, acc),
-                    m_new,
-                    jnp.where(there, total * old + total_j * new, total),
-                )
+                return acc * across(old, COLUMNS) + acc_j * across(new, COLUMNS), m_new, total * old + total_j * new
 
             acc = plgpu.layout_cast(jnp.zeros((ROW_TILE, COLUMNS), jnp.float32), LAYOUT)
             m = plgpu.layout_cast(jnp.full((ROW_TILE,), LOWEST, jnp.float32), BY_ROW)
             total = plgpu.layout_cast(jnp.zeros((ROW_TILE,), jnp.float32), BY_ROW)
-            acc, m, total = lax.fori_loop(first, block + 1, add, (acc, m, total))
+            acc, m, total = lax.fori_loop(0, num_parts, add, (acc, m, total))
             head_block = items_g[item, HEAD_BLOCK]
             if shape.with_sinks:
                 sink = plgpu.load(sinks_g.at[head_block, my_rows], (), layout=BY_ROW, optimized=False)
@@ -124,5 +115,5 @@ def merge_parts(shape: PrefillShape, out, acc, ml, plan: PrefillPlan, gaps, scal
         grid_names=("block", "consumer", "columns"),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         scratch_types=[plgpu.SMEM((ROW_TILE, COLUMNS), out.dtype), plgpu.SMEM((num_heads, head_dim), out.dtype)],
-    )(acc, ml, plan.items, plan.shares, gaps, scales, sinks, merged)
+    )(acc, ml, plan.items, plan.merges, gaps, scales, sinks, merged)
     return merged[...]

@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jmoe.pallas_kernels.paged_prefill_block import LOG2E, PrefillRefs, PrefillShape
 from jmoe.pallas_kernels.paged_prefill_consume import consume
 from jmoe.pallas_kernels.paged_prefill_merge import merge_parts
+from jmoe.pallas_kernels.paged_prefill_pass import FLAG_WORDS
 from jmoe.pallas_kernels.paged_prefill_plan import ROW_TILE, PrefillPlan, PrefillTiles
 from jmoe.pallas_kernels.paged_prefill_produce import produce
 
@@ -114,7 +115,7 @@ def _scratch(shape: PrefillShape):
 
 
 def _attend(shape: PrefillShape, operands):
-    """out, and the float32 partial results: acc `[2 blocks, rows, H]`, m and the sum `[2 blocks, 2, rows]`."""
+    """out, and the float32 partial results: acc `[parts, rows, H]`, m and the sum `[parts, 2, rows]`."""
     tiles = shape.tiles
 
     def prefill_attention(*arrays):
@@ -134,13 +135,16 @@ def _attend(shape: PrefillShape, operands):
                 plgpu.set_max_registers(of_consumer, action="increase")
             consume(shape, refs, role)
 
-    parts = 2 * shape.num_blocks
+    blocks, sizes = shape.num_blocks, (tiles.rows, shape.head_dim)
     return plgpu.kernel(
         prefill_attention,
         out_type=(
             jax.ShapeDtypeStruct(operands[0].shape, shape.out_dtype),
-            jax.ShapeDtypeStruct((parts, tiles.rows, shape.head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((parts, 2, tiles.rows), jnp.float32),
+            jax.ShapeDtypeStruct((4 * blocks, *sizes), jnp.float32),
+            jax.ShapeDtypeStruct((4 * blocks, 2, tiles.rows), jnp.float32),
+            jax.ShapeDtypeStruct((blocks, *sizes), jnp.float32),
+            jax.ShapeDtypeStruct((blocks, 2, tiles.rows), jnp.float32),
+            jax.ShapeDtypeStruct((blocks, tiles.consumers, FLAG_WORDS), jnp.int32),
         ),
         grid=(shape.num_blocks,),
         grid_names=("block",),
@@ -148,4 +152,4 @@ def _attend(shape: PrefillShape, operands):
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         scratch_types=_scratch(shape),
-    )(*operands)
+    )(*operands)[:3]

@@ -13,7 +13,7 @@ def produce(shape: PrefillShape, refs: PrefillRefs) -> None:
     """All pieces of this thread block; leaves no barrier with a phase that nobody saw."""
     stages = jnp.int32(shape.tiles.stages)
 
-    def piece(item, first, length, whole, slot_out, before, pieces):
+    def piece(item, first, length, before, pieces):
         _piece(shape, refs, item, first, length, before, pieces)
         return pieces + 1
 

@@ -19,14 +19,17 @@ FULL_MASK = 0xFFFFFFFF
 BLOCK_THREADS = 128  # a Mosaic GPU kernel of one warpgroup
 
 
-def program(function: Callable[..., None], *refs: Any) -> None:
-    """Runs `function(*pointers)` in every thread of the block, one `Pointer` a ref (global or shared memory)."""
+def program(function: Callable[..., None], *refs: Any, words: Sequence[Any] = ()) -> None:
+    """Runs `function(*pointers, *words)` in every thread of the block: a `Pointer` a ref (global or shared memory), a
+    `Word` an int32 scalar that Pallas computed."""
+    splat = plgpu.Layout.WG_SPLAT(())
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-    def inlined(_ctx, *memrefs):
-        function(*(Pointer.of(memref) for memref in memrefs))
+    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(refs), *[splat] * len(words)))
+    def inlined(_ctx, *given):
+        pointers = [Pointer.of(memref) for memref in given[: len(refs)]]
+        function(*pointers, *(Word(value.registers.flat[0]) for value in given[len(refs) :]))
 
-    inlined(*refs)
+    inlined(*refs, *words)
 
 
 def follow() -> None:

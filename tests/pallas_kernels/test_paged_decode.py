@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels import paged_attention as public
 from jmoe.pallas_kernels import paged_decode_plan as planning
+from jmoe.pallas_kernels import paged_decode_share as sharing
 from jmoe.pallas_kernels import simt
 from jmoe.pallas_kernels.paged_attention import paged_attention
 
@@ -32,53 +33,63 @@ def units_of(start_pos, num_tokens, window):
         yield max(1, -(-(start + tokens) // 16) - low // 16)
 
 
+def shape_of(rows, num_kv_heads=1, ranges=3, window=None, max_pages=256):
+    heads, kinds = (2 * num_kv_heads, num_kv_heads), (jnp.bfloat16, jnp.bfloat16)
+    return planning.Decode(rows, *heads, 64, 16, max_pages, ranges * num_kv_heads, 2, window, None, *kinds, True)
+
+
 @pytest.mark.parametrize(
     ("rows", "num_kv_heads", "ranges", "window", "with_tokens"),
-    [
-        (1, 1, 1, None, False),
-        (1, 1, 7, 100, True),
-        (3, 2, 5, 1, True),
-        (130, 8, 4, None, True),
-        (300, 1, 8, 100, False),
-    ],
+    [(1, 1, 7, 1000, True), (3, 2, 5, 1, True), (130, 8, 4, None, True), (300, 1, 8, 100, False)],
 )
-def test_ranges_share_all_units_alike(monkeypatch, rows, num_kv_heads, ranges, window, with_tokens):
-    """Against a walk over a list of all units; the XLA form of the plan too."""
+def test_ranges_share_all_tiles_alike(monkeypatch, rows, num_kv_heads, ranges, window, with_tokens):
+    """Thread by thread, against a walk over a list of all tiles; the XLA form of the plan too."""
+    shape = shape_of(rows, num_kv_heads, ranges, window)
     rng = np.random.default_rng(rows)
-    start_pos = rng.integers(0, 2000, rows).astype(np.int32)
+    start_pos = rng.integers(0, 4000, rows).astype(np.int32)
     num_tokens = rng.integers(0, 2, rows).astype(np.int32) if with_tokens else np.ones(rows, np.int32)
-    counts = list(units_of(start_pos, num_tokens, window))
-    units = [(row, unit) for row, n in enumerate(counts) for unit in range(n)]
-    share = -(-len(units) // ranges)
-    num_streams = ranges * num_kv_heads
+    units = np.array(list(units_of(start_pos, num_tokens, window)), np.int32)
+    counts, lengths = (np.asarray(a) for a in jax.jit(shape.cut)(units))
+    assert (counts >= 1).all() and counts.max() <= shape.most and (lengths % planning.TILE_UNITS == 0).all()
+    assert ((counts - 1) * lengths < units).all() and (counts * lengths >= units).all()
+    # What begins at each tile, and the next piece's begin behind each tile.
+    tiles = [
+        row * planning.PIECES + tile * planning.TILE_UNITS / lengths[row]
+        for row in range(rows)
+        for tile in range(-(-units[row] // planning.TILE_UNITS))
+    ]
+    begins = [row * planning.PIECES + piece for row in range(rows) for piece in range(counts[row])]
+    begins.append(rows * planning.PIECES)
+    share = -(-len(tiles) // ranges)
+    positions = [tiles[i] if i < len(tiles) else begins[-1] for i in range(0, (ranges + 1) * share, share)]
+    want = [next(begin for begin in begins if begin >= position) for position in positions]
 
     simt_emulator.install(monkeypatch)
-    plan = planning.plan_program(rows, num_streams, num_kv_heads, window, with_tokens)
+    plan = sharing.plan_program(shape, with_tokens)
 
     def program(*pointers):
-        plan(*pointers[:-1], pointers[-1].skip(simt.block(), 4 * planning.WORDS))
+        plan(*pointers[:-1], pointers[-1].skip(simt.block(), 4 * sharing.WORDS))
 
     run = plgpu.kernel(
         lambda *refs: simt.program(program, *refs),
-        out_type=jax.ShapeDtypeStruct((num_streams, planning.WORDS), jnp.int32),
-        grid=(num_streams,),
+        out_type=jax.ShapeDtypeStruct((shape.num_streams, sharing.WORDS), jnp.int32),
+        grid=(shape.num_streams,),
     )
     words = run(start_pos, *([num_tokens] if with_tokens else []))
-    plain = np.asarray(planning.decode_plan(start_pos, num_tokens, num_kv_heads, num_streams, window))
-    for stream in range(num_streams):
-        first = stream // num_kv_heads * share
-        mine = units[first : first + share]
-        assert words[stream, planning.COUNT] == plain[stream, planning.COUNT] == len(mine)
-        if not mine:
-            assert words[stream, planning.CUT_ROW] == -1
-            continue
-        assert words[stream, :4].tolist() == plain[stream, :4].tolist() == [*mine[0], len(mine), share]
-        row, unit = mine[-1]
-        if (row, 0) in mine and unit < counts[row] - 1:
-            cut = [row, units.index((row, 0)), counts[row]]
-            assert words[stream, planning.CUT_ROW : planning.CUT_UNITS + 1].tolist() == cut
-        else:
-            assert words[stream, planning.CUT_ROW] == -1
+    ends = [want[i : i + 2] for i in range(ranges)]
+    assert words[:, :2].tolist() == [end for end in ends for _ in range(num_kv_heads)]
+    plain = jax.jit(planning.decode_plan, static_argnums=2)(start_pos, num_tokens, shape)
+    assert plain.tolist() == ends
+
+
+def test_a_row_is_cut_alike_whatever_its_neighbours():
+    """And into more pieces the longer it is, never more than there is room for."""
+    shape = shape_of(4, 2, 33, max_pages=8192)
+    units = np.array([1, 8, 9, 70, 300, 8192], np.int32)
+    together = [np.asarray(a) for a in shape.cut(jnp.asarray(units))]
+    alone = [[int(a) for a in shape.cut(jnp.int32(n))] for n in units]
+    assert np.stack(together, axis=1).tolist() == alone
+    assert together[0].tolist() == [1, 1, 2, 9, 25, 32]
 
 
 @pytest.fixture
@@ -132,16 +143,16 @@ def test_the_kernel_interpreted(interpreted, heads, head_dim, page_len, dtype, o
     np.testing.assert_allclose(got, oracle(rounded(batch, dtype), **options), rtol=2e-2, atol=3e-2)
 
 
-def test_sinks_of_an_odd_number_of_query_heads_are_refused():
-    """On an H100 their vector load was misaligned."""
-    arguments = batch_of((1, 20), 1, 6, 2, 64, 16, 2).arguments("bfloat16")
-    with pytest.raises(ValueError, match="with sinks expected an even number of query heads a KV head, got 3"):
-        paged_attention(*arguments, sinks=jnp.asarray(SINKS), implementation="pallas")
-
-
 @pytest.mark.aot
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
-@pytest.mark.parametrize(("heads", "head_dim"), [((48, 8), 128), ((16, 1), 64), ((8, 8), 256), ((4, 4), 128)])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype"),
+    [
+        ((48, 8), 128, jnp.bfloat16),
+        ((16, 1), 64, jnp.bfloat16),
+        ((8, 8), 256, jnp.bfloat16),
+        ((4, 4), 128, jnp.float8_e4m3fn),
+    ],
+)
 def test_the_kernel_compiled_for_hopper(heads, head_dim, dtype):
     """One launch, with nothing beside it."""
     pytest.importorskip("jax_cuda13_plugin", reason="ahead-of-time compilation needs the `aot` extra")
@@ -172,10 +183,11 @@ def test_the_kernel_compiled_for_hopper(heads, head_dim, dtype):
         ((16, 1), 64, 64, {}),
         ((8, 4), 256, 16, {"sinks": np.linspace(-1, 2, 8)}),
         ((32, 2), 128, 16, {"sliding_window": 1000}),
+        ((18, 6), 64, 16, {"sinks": np.linspace(-1, 2, 18)}),
     ],
 )
 def test_the_kernel_on_a_gpu(heads, head_dim, page_len, options, dtype):
-    """Short rows beside one of 5000 tokens, twice: the same bits."""
+    """Short rows beside one of 5000 tokens, twice: the same bits, and also beside shorter neighbours."""
     lengths = (*LENGTHS, 5000, 1, 2, 777)
     batch = batch_of(lengths, 1, *heads, head_dim, page_len, -(-max(lengths) // page_len))
     arguments = poisoned(batch, dtype)
@@ -185,3 +197,7 @@ def test_the_kernel_on_a_gpu(heads, head_dim, page_len, options, dtype):
     got, again = (np.asarray(function(*arguments), np.float32) for _ in range(2))
     np.testing.assert_array_equal(got, again)
     np.testing.assert_allclose(got, oracle(rounded(batch, dtype), **options), rtol=2e-2, atol=3e-2)
+    q, k_pages, v_pages, page_table, start_pos = arguments
+    beside = jnp.where(jnp.arange(len(lengths)) % 2, start_pos, start_pos // 3)
+    moved = np.asarray(function(q, k_pages, v_pages, page_table, beside), np.float32)
+    np.testing.assert_array_equal(got[1::2], moved[1::2])

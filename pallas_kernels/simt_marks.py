@@ -1,0 +1,48 @@
+"""How warpgroups of different thread blocks wait for each other by words in memory that nobody cleared.
+
+Two 32-bit marks in a row say "ready"; who sets them, who waits and who wipes them, kernels say. That memory holds both
+by chance has odds of 2^-64. Only inside a kernel, like `simt`.
+"""
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+from jmoe.pallas_kernels import simt
+from jmoe.pallas_kernels.simt import Pointer, Word
+
+MARKS = 0x6A6D6F65, 0x9E3779B9
+MAX_POLLS = 1 << 22  # seconds; then the kernel fails
+
+
+def run(text: str, operands: list, kinds: str) -> None:
+    """PTX without a result."""
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, kinds + ",~{memory}", has_side_effects=True)
+
+
+def mark(pointer: Pointer) -> None:
+    """One thread, behind a barrier: what its warpgroup stored before can be read by who sees the marks."""
+    pointer.store(1, MARKS[1])
+    run(f"fence.acq_rel.gpu; st.release.gpu.global.b32 [$0], {MARKS[0]};", [pointer.value], "l")
+
+
+def wipe(pointer: Pointer) -> None:
+    pointer.store(0, 0)
+    pointer.store(1, 0)
+
+
+def wait(pointer: Pointer) -> None:
+    """Until the marks are there; fails after seconds."""
+    text = (
+        f"{{ .reg .pred p, q, late; .reg .b32 a, b, left; mov.b32 left, {MAX_POLLS};\n"
+        "WAIT: ld.acquire.gpu.global.b32 a, [$0]; ld.relaxed.gpu.global.b32 b, [$0+4];\n"
+        "sub.u32 left, left, 1; setp.eq.u32 late, left, 0; @late trap;\n"
+        f"setp.ne.b32 p, a, {MARKS[0]}; @p bra WAIT; setp.ne.b32 q, b, {MARKS[1]}; @q bra WAIT; }}"
+    )
+    run(text, [pointer.value], "l")
+
+
+def add(pointer: Pointer, index: Word | int, count: Word | int) -> Word:
+    """Adds to a word, after all that its warpgroup did before a barrier; what was there before."""
+    text = "atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;"
+    operands = [pointer.at(index, simt.i32()), simt.raw(count)]
+    return Word(llvm.inline_asm(simt.i32(), operands, text, "=r,l,r,~{memory}", has_side_effects=True))
