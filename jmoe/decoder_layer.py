@@ -67,7 +67,10 @@ def decoder_layer(
 
 
 def _fits(cell: CellConfig, module: AttentionLayer, x: jax.Array, kv: KV, rows: Rows) -> bool:
-    """Whether the few kernels can do it: a decode step of bfloat16 on one tensor rank, plain projections, RMSNorm."""
+    """Whether the few kernels are asked for (kernels="pallas") and can: bfloat16 decode on one tensor rank, RMSNorm.
+
+    Not "auto": they have run on a GPU, but neither their numbers nor their time have been compared there yet.
+    """
     c = cell.model
     is_plain = not (module.is_dense or c.attention_bias or c.clip_qkv) and c.norm == "rms"
     whole = not any(
@@ -75,7 +78,7 @@ def _fits(cell: CellConfig, module: AttentionLayer, x: jax.Array, kv: KV, rows: 
     )
     is_decode = rows.token_ids.shape[1] == 1 and len(x) <= MAX_ROWS
     dtypes = x.dtype == kv[0].dtype == jnp.bfloat16
-    alone = cell.mesh.attention_tensor == 1 and cell.kernels != "xla"
+    alone = cell.mesh.attention_tensor == 1 and cell.kernels == "pallas"
     return alone and is_plain and whole and is_decode and dtypes and c.head_dim % 64 == 0 and c.num_experts <= 1024
 
 
