@@ -80,7 +80,7 @@ class DeviceParams:
         """
         placed, specs = {}, self.specs[role]
         with ThreadPoolExecutor(2) as pool:  # one is read while another goes to its devices
-            arrays = pool.map(lambda item: self._place_one(role, *item, source), specs.items())
+            arrays = pool.map(lambda item: self._place_one(role, item[0], item[1], source), specs.items())
             for n, (path, array) in enumerate(zip(specs, arrays, strict=True)):
                 placed[path] = array
                 if (n + 1) % 50 == 0 or n + 1 == len(specs):

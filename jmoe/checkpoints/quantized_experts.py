@@ -29,7 +29,7 @@ class QuantizedExperts:
         self._quantize = jax.jit(lambda weights: quantize_blocks(jnp.swapaxes(weights, 0, 1)))
         self._scales: dict[_Key, np.ndarray] = {}  # of values that were read: 1/4096 of their bytes
 
-    def read(self, role, path: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+    def read(self, role, path: str, index: tuple[slice, ...] | None = None) -> np.ndarray | jax.Array:
         """As the source does; only of the attention half."""
         if role == "expert":
             raise ValueError(f"QuantizedExperts: expected experts to be read by read_experts, got read({path!r})")
