@@ -37,7 +37,7 @@ def compiled(rows, max_tokens, num_blocks, window):
         return prefill_plan(*lengths, **sizes, num_blocks=num_blocks, sliding_window=window)
 
     lengths = [jax.ShapeDtypeStruct((rows,), np.int32)] * 3
-    return jax.jit(plan).lower(*lengths).compile(compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(plan).lower(*lengths).compile(compiler_options={"xla_backend_optimization_level": "0"})
 
 
 def plan_of(rows, num_blocks, window=None):
