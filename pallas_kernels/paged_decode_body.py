@@ -23,7 +23,6 @@ LAYOUT = plgpu.Layout.WGMMA
 TURNED = plgpu.Layout.WGMMA_TRANSPOSED  # the same, by columns: what is stored transposed
 BYTES = plgpu.Layout.WGMMA_UPCAST_2X  # of 8-bit elements that will be 16-bit ones in LAYOUT
 BY_HEAD = LAYOUT.reduce(0)
-AT_ONCE = 4  # partial results of a KV head's 8 query heads on their way: 48 registers; half as many of 16
 
 
 def _down(vector, length):
@@ -116,26 +115,20 @@ def body_of(shape: Decode):
                 return acc, m_new, total * old + total_i * new
 
             def merge(row, cover):
-                """All pieces of a row, in order; some on their way together, as each takes a microsecond to come."""
-                count, at_once = shape.cut(mine.bounds(row)[2])[0], AT_ONCE * 8 // n
+                """All pieces of a row, in order, the next on its way while one is added."""
+                count = shape.cut(mine.bounds(row)[2])[0]
 
-                def step(i, found):
-                    first = cover + i * at_once
-                    together = [partial(row, jnp.minimum(first + j, count - 1)) for j in range(at_once)]
-                    for j, piece in enumerate(together):
-                        more = add(found, piece)
-                        there = first + j < count
-                        found = tuple(jnp.where(there, new, old) for new, old in zip(more, found, strict=True))
-                    return found
+                def step(i, carry):
+                    return add(*carry), partial(row, jnp.minimum(i + 1, count - 1))
 
-                rounds = lax.div(count - cover + (at_once - 1), jnp.int32(at_once))
-                write(row, *lax.fori_loop(0, rounds, step, partial(row, jnp.int32(0))))
+                both = partial(row, jnp.int32(0)), partial(row, cover)
+                write(row, *lax.fori_loop(cover, count, step, both)[0])
 
             def meet():
                 """At the end, when nothing else waits: counts what this stream left of the rows at its range's ends."""
                 (first_row, first_piece), (end_row, end_piece) = mine.ends()
                 rows = [jnp.minimum(row, shape.rows - 1) for row in (first_row, end_row)]
-                first, last, count = mine.pieces(rows[0], mine.bounds(rows[0])[2])[:3]
+                first, last, count, _ = mine.pieces(rows[0], mine.bounds(rows[0])[2])
                 cover = jnp.where((end_row == first_row) & (first_piece > 0), 0, end_piece)
                 left = jnp.where(first_piece > 0, last - first, 0), cover
                 counts = count, shape.cut(mine.bounds(rows[1])[2])[0]

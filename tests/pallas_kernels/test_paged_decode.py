@@ -89,7 +89,7 @@ def test_a_row_is_cut_alike_whatever_its_neighbours():
     together = [np.asarray(a) for a in shape.cut(jnp.asarray(units))]
     alone = [[int(a) for a in shape.cut(jnp.int32(n))] for n in units]
     assert np.stack(together, axis=1).tolist() == alone
-    assert together[0].tolist() == [1, 1, 2, 9, 25, 32]
+    assert together[0].tolist() == [1, 1, 2, 9, 38, 64]
 
 
 @pytest.fixture
@@ -144,15 +144,8 @@ def test_the_kernel_interpreted(interpreted, heads, head_dim, page_len, dtype, o
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(
-    ("heads", "head_dim", "dtype"),
-    [
-        ((48, 8), 128, jnp.bfloat16),
-        ((16, 1), 64, jnp.bfloat16),
-        ((8, 8), 256, jnp.bfloat16),
-        ((4, 4), 128, jnp.float8_e4m3fn),
-    ],
-)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+@pytest.mark.parametrize(("heads", "head_dim"), [((48, 8), 128), ((16, 1), 64), ((8, 8), 256), ((4, 4), 128)])
 def test_the_kernel_compiled_for_hopper(heads, head_dim, dtype):
     """One launch, with nothing beside it."""
     pytest.importorskip("jax_cuda13_plugin", reason="ahead-of-time compilation needs the `aot` extra")
