@@ -128,7 +128,7 @@ def body_of(shape: Decode):
                 """At the end, when nothing else waits: counts what this stream left of the rows at its range's ends."""
                 (first_row, first_piece), (end_row, end_piece) = mine.ends()
                 rows = [jnp.minimum(row, shape.rows - 1) for row in (first_row, end_row)]
-                first, last, count, _ = mine.pieces(rows[0], mine.bounds(rows[0])[2])
+                first, last, count = mine.pieces(rows[0], mine.bounds(rows[0])[2])[:3]
                 cover = jnp.where((end_row == first_row) & (first_piece > 0), 0, end_piece)
                 left = jnp.where(first_piece > 0, last - first, 0), cover
                 counts = count, shape.cut(mine.bounds(rows[1])[2])[0]
