@@ -1,6 +1,6 @@
 """Asks a running server: `jmoe serve MODEL` in one terminal, then this in another. Imports no JAX.
 
-python examples/grpc_client.py 127.0.0.1:50051 "Why is the sky blue?"
+    python examples/grpc_client.py 127.0.0.1:50051 "Why is the sky blue?"
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Searches deployments in Python: the best, the second, and why another one loses. No GPU, no JAX.
 
-python examples/plan.py
+    python examples/plan.py
 """
 
 from jmoe.planner.deployment import Problem

@@ -1,7 +1,7 @@
 """Serves a model on two meshes in this process: two prompts at once, then one answer streamed as it comes.
 
-python examples/serve_and_stream.py                     # the demo model, fetched at the first run (93 MB)
-python examples/serve_and_stream.py ./Mixtral-8x7B      # any checkpoint folder
+    python examples/serve_and_stream.py                     # the demo model, fetched at the first run (93 MB)
+    python examples/serve_and_stream.py ./Mixtral-8x7B      # any checkpoint folder
 """
 
 import sys

@@ -200,14 +200,14 @@ class CellRuntime:
     def collect(self, submitted: "Submitted") -> dict[str, Any]:
         """Waits for a call; from any thread.
 
-          Returns:
-            In a process with attention devices: `replicas` (those whose first tensor rank is here), `tokens`
-            `[num_steps, replicas, m, rows]` and, from sampling programs, `logprobs`, `top_ids`, `top_logprobs`;
-            everywhere `dropped_rows`.
+        Returns:
+          In a process with attention devices: `replicas` (those whose first tensor rank is here), `tokens`
+          `[num_steps, replicas, m, rows]` and, from sampling programs, `logprobs`, `top_ids`, `top_logprobs`;
+          everywhere `dropped_rows`.
 
-          Raises:
-            SequenceMismatchError: an exchange was out of step.
-        ExchangeTimeoutError: a peer's rows did not come.
+        Raises:
+          SequenceMismatchError: an exchange was out of step.
+          ExchangeTimeoutError: a peer's rows did not come.
         """
         for index, shard in submitted.faults:
             expected, got = np.asarray(shard)[0]

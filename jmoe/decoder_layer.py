@@ -110,7 +110,7 @@ def _op_by_op(cell: CellConfig, module: AttentionLayer, x, delta, kv: KV, rows: 
 
 
 def _few_kernels(cell: CellConfig, module: AttentionLayer, x, delta, kv: KV, rows: Rows, next_weights):
-    """Products leave partial sums, and what reads them adds them up: 11 kernels with the experts', else 16."""
+    """Products leave partial sums, and what reads them adds them up: 12 kernels with the experts', else 15."""
     c, eps = cell.model, cell.model.norm_eps
     place = (rows.page_table, rows.start_pos, rows.num_tokens)
     qkv = [w[...].reshape(c.hidden_size, -1) for w in (module.q_proj, module.k_proj, module.v_proj)]

@@ -29,6 +29,34 @@ def by_platform(op: str, pallas: Callable[..., Any], xla: Callable[..., Any], *a
     return jax.lax.platform_dependent(*arguments, cuda=pallas, default=xla)
 
 
+def run_form(
+    op: str,
+    implementation: str | None,
+    obstacle: str,
+    pallas: Callable[..., Any],
+    xla: Callable[..., Any],
+    *arguments: Any,
+) -> Any:
+    """What `implementation=` asks of an op of two forms: the named one, or for None the best that can run.
+
+    Args:
+      op: its name, for errors and the log.
+      implementation: "xla", "pallas" or None.
+      obstacle: what "pallas" expected of these arguments and what it got; empty if it can run.
+      pallas, xla: the forms, of `arguments`.
+
+    Raises:
+      ValueError: an unknown implementation, or "pallas" where it can't run.
+    """
+    if implementation not in (None, "xla", "pallas"):
+        raise ValueError(f"{op}: expected implementation 'xla', 'pallas' or None, got {implementation!r}")
+    if implementation == "pallas" and obstacle:
+        raise ValueError(f"{op}: 'pallas' expected {obstacle}")
+    if implementation is None and not obstacle:
+        return by_platform(op, pallas, xla, *arguments)
+    return pallas(*arguments) if implementation == "pallas" else xla(*arguments)
+
+
 @functools.cache
 def _say_once(op: str, form: str) -> None:
     logger.info("%s: implementation %r", op, form)

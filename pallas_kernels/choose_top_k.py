@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmoe.pallas_kernels.choice import by_platform
+from jmoe.pallas_kernels.choice import run_form
 
 Implementation = Literal["xla", "pallas"]
 MAX_EXPERTS = 1024  # the Mosaic form holds a row in the registers of a warp
@@ -45,20 +45,15 @@ def choose_top_k(
         raise ValueError(f"choose_top_k: expected num_tokens [{tokens}], got {num_tokens.shape}")
     fits = num_experts <= MAX_EXPERTS and k <= MAX_K and tokens > 0
     arrays = (logits,) if num_tokens is None else (logits, num_tokens)
-    forms = {
-        "xla": lambda *arrays: _xla(*arrays, k=k, renormalize=renormalize, dtype=dtype),
-        "pallas": lambda *arrays: _pallas(*arrays, k=k, renormalize=renormalize, dtype=dtype),
-    }
-    if implementation is None:
-        return by_platform("choose_top_k", forms["pallas"], forms["xla"], *arrays) if fits else forms["xla"](*arrays)
-    if implementation not in forms:
-        raise ValueError(f"choose_top_k: expected implementation 'xla', 'pallas' or None, got {implementation!r}")
-    if implementation == "pallas" and not fits:
-        raise ValueError(
-            f"choose_top_k: 'pallas' expected 1..{MAX_EXPERTS} experts, k <= {MAX_K} and a token, got {logits.shape} "
-            f"and {k}"
-        )
-    return forms[implementation](*arrays)
+    needs = f"1..{MAX_EXPERTS} experts, k <= {MAX_K} and a token, got {logits.shape} and {k}"
+
+    def xla(*arrays):
+        return _xla(*arrays, k=k, renormalize=renormalize, dtype=dtype)
+
+    def pallas(*arrays):
+        return _pallas(*arrays, k=k, renormalize=renormalize, dtype=dtype)
+
+    return run_form("choose_top_k", implementation, "" if fits else needs, pallas, xla, *arrays)
 
 
 def _xla(logits, num_tokens=None, *, k: int, renormalize: bool, dtype) -> tuple[jax.Array, jax.Array]:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jmoe.pallas_kernels.choice import by_platform
+from jmoe.pallas_kernels.choice import run_form
 from jmoe.pallas_kernels.paged_attention import write_pages
 
 Implementation = Literal["xla", "pallas"]
@@ -54,7 +54,6 @@ def place_heads(
             f"got {q.shape}, {k.shape}, {v.shape} and {k_pages.shape}"
         )
     arrays = (q, k, v, q_scale, k_scale, k_pages, v_pages, page_table, start_pos, num_tokens)
-    why = _why_not(q, k, k_pages)
 
     def xla(*arrays):
         return _xla(*arrays, theta=theta, eps=eps)
@@ -64,13 +63,7 @@ def place_heads(
 
         return place_heads_pallas(*arrays, theta=theta, eps=eps)
 
-    if implementation is None:
-        return xla(*arrays) if why else by_platform("place_heads", pallas, xla, *arrays)
-    if implementation not in ("xla", "pallas"):
-        raise ValueError(f"place_heads: expected implementation 'xla', 'pallas' or None, got {implementation!r}")
-    if implementation == "pallas" and why:
-        raise ValueError(f"place_heads: 'pallas' expected {why}")
-    return pallas(*arrays) if implementation == "pallas" else xla(*arrays)
+    return run_form("place_heads", implementation, _why_not(q, k, k_pages), pallas, xla, *arrays)
 
 
 def place_partial_heads(
@@ -104,10 +97,6 @@ def place_partial_heads(
             f"place_partial_heads: expected partials [parts, rows, (Q + 2 G) H] for {num_heads} queries, {kv_heads} "
             f"keys and head size {head_dim}, got {partials.shape}"
         )
-    if implementation not in (None, "xla", "pallas"):
-        raise ValueError(
-            f"place_partial_heads: expected implementation 'xla', 'pallas' or None, got {implementation!r}"
-        )
     shape = (partials.shape[1], 1, num_heads, head_dim)
     arrays = (partials, q_scale, k_scale, k_pages, v_pages, page_table, start_pos, num_tokens)
 
@@ -122,12 +111,7 @@ def place_partial_heads(
         return place_partials_pallas(*arrays, q_shape=shape, theta=theta, eps=eps)
 
     q = jax.ShapeDtypeStruct(shape, k_pages.dtype)
-    why = _why_not(q, q, k_pages)
-    if implementation == "pallas" and why:
-        raise ValueError(f"place_partial_heads: 'pallas' expected {why}")
-    if implementation is None and not why:
-        return by_platform("place_heads", pallas, xla, *arrays)
-    return pallas(*arrays) if implementation == "pallas" else xla(*arrays)
+    return run_form("place_partial_heads", implementation, _why_not(q, q, k_pages), pallas, xla, *arrays)
 
 
 def _why_not(q: Any, k: Any, k_pages: jax.Array) -> str:

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jmoe.pallas_kernels.choice import by_platform
+from jmoe.pallas_kernels.choice import run_form
 
 Implementation = Literal["xla", "pallas"]
 VECTOR = 4  # elements that a thread of the Mosaic form takes
@@ -44,8 +44,6 @@ def residual_norm(
             f"residual_norm: expected x [tokens, D], float32 terms [parts, tokens, D] and scale [D], got {x.shape}, "
             f"{terms.dtype} {terms.shape} and {scale.shape}"
         )
-    if implementation not in (None, "xla", "pallas"):
-        raise ValueError(f"residual_norm: expected implementation 'xla', 'pallas' or None, got {implementation!r}")
     fits = x.dtype in (jnp.bfloat16, jnp.float32) and scale.dtype == x.dtype and x.shape[1] % VECTOR == 0 and len(x) > 0
 
     def xla(x, terms, scale, *_):
@@ -57,14 +55,11 @@ def residual_norm(
         return residual_norm_pallas(x, terms, scale, next_weights, eps)
 
     arrays = (x, terms, scale, *next_weights)
-    if implementation is None:
-        return by_platform("residual_norm", pallas, xla, *arrays) if fits else xla(*arrays)
-    if implementation == "pallas" and not fits:
-        raise ValueError(
-            f"residual_norm: 'pallas' expected x and scale of bfloat16 or float32 alike and D a multiple of {VECTOR}, "
-            f"got {x.dtype} {x.shape} and {scale.dtype}"
-        )
-    return pallas(*arrays) if implementation == "pallas" else xla(*arrays)
+    needs = (
+        f"x and scale of bfloat16 or float32 alike and D a multiple of {VECTOR}, "
+        f"got {x.dtype} {x.shape} and {scale.dtype}"
+    )
+    return run_form("residual_norm", implementation, "" if fits else needs, pallas, xla, *arrays)
 
 
 def _xla(x: jax.Array, terms: jax.Array, scale: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:

@@ -11,9 +11,6 @@ from jmoe.pallas_kernels.push_plan import Message, PushPlan
 from jmoe.sharding.exchange import Box, Chain, Exchange
 from jmoe.sharding.mailboxes import mailbox_map
 
-# Traced and lowered once for each plan, of which a pass has a handful, and not once a call.
-_push = jax.jit(push, static_argnames=("plan", "implementation"))
-
 
 @dataclasses.dataclass(frozen=True)
 class PushExchange(Exchange):
@@ -71,7 +68,7 @@ class PushExchange(Exchange):
             *chain.offsets(attention),
             chain.after(dispatch, combine).count - chain.count,
         )
-        pushed = _push(
+        pushed = push(
             plan, chain.mailbox, chain.sequence,
             rows=box.hidden if sends else None,
             counts=box.num_rows if sends else None,

@@ -3,13 +3,13 @@
 import dataclasses
 import math
 import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled_plan import faults
+from imaginary_gpus import imaginary_gpus
 from jax.sharding import Mesh
 
 from jmoe.cell_config import CellConfig
@@ -20,7 +20,6 @@ from jmoe.schedule import build_schedule
 from jmoe.sharding.mesh_config import AXIS, MeshConfig
 from jmoe.sharding.meshes import program_mesh
 
-TARGET = pathlib.Path(__file__).parent / "data" / "h200_target_config.txtpb"
 # Mixtral-8x7B's layers; 37 pages more than needed, so that no gathered array has the size of a page pool.
 MODEL = ModelConfig("mixtral", 32000, 4096, 2, 32, 8, 128, 8, 2, 14336)
 BY_NAME = {"bfloat16": "bf16", "float32": "f32", "int32": "s32", "bool": "pred"}
@@ -54,15 +53,7 @@ def forbidden_sizes(cell: CellConfig, mesh: Mesh) -> set[tuple[str, int]]:
 @pytest.fixture(scope="module")
 def imaginary_mesh():
     """Two GPUs that are not there."""
-    pytest.importorskip("jax_cuda13_plugin", reason="ahead-of-time compilation needs the `aot` extra")
-    if jax.__version_info__ < (0, 11):
-        pytest.skip(f"ahead-of-time GPU compilation needs jax 0.11 or newer, got {jax.__version__}")
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(
-        topology_name="h200", platform="cuda", target_config=TARGET.read_text(), topology="1x1x2"
-    )
-    return Mesh(np.array(topology.devices), (AXIS,))
+    return Mesh(np.array(imaginary_gpus(2)), (AXIS,))
 
 
 @pytest.mark.aot

@@ -36,7 +36,9 @@ def runtime_of(name: str) -> CellRuntime:
     sizes, num_steps = CELLS[name]
     mesh = MeshConfig(*sizes).resolve(AWKWARD.num_experts)
     rows = -(-len(PROMPTS) // (mesh.attention * mesh.num_micro_batches))
-    cell = CellConfig(AWKWARD, mesh, rows=rows, chunk_len=8, num_steps=num_steps, page_len=4, num_pages=120, max_len=64)
+    cell = CellConfig(
+        AWKWARD, mesh, rows=rows, chunk_len=8, num_steps=num_steps, page_len=4, num_pages=120, max_len=64
+    )
     runtime = CellRuntime(cell, jax.devices(), "inline")
     runtime.compile(("prefill", True), ("decode", True))
     runtime.load(source_of(random_model(AWKWARD)), lambda _: None)

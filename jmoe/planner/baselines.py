@@ -190,7 +190,7 @@ def _host_engines(problem: Problem, gpu: GpuKind, options: BaselineOptions) -> l
 
 
 def _wide_engines(problem: Problem, gpu: GpuKind, options: BaselineOptions) -> list[Engine]:
-    """ "wide: powers of two and whole hosts, with and without two overlapped batches."""
+    """"wide: powers of two and whole hosts, with and without two overlapped batches."""
     model, host = problem.model, gpu.gpus_per_host
     most = min(problem.pool[gpu.name], options.max_wide) if "wide" in options.modes else 0
     found = []

@@ -186,7 +186,7 @@ def format_rows(rows: Any, problem: Problem, objective: Objective, best: Any | N
     lines = [f"  # {'cell':<46} {'GPUs':>4} {'m':>2} {'batch':>6} {'ms':>6} {'tok/s/GPU':>9} {by}  why"]
     for number, (_, row) in enumerate(rows.iterrows(), 1):
         value = f"{row[OBJECTIVES[objective]]:>11.2f}" if objective != "gpu" else ""
-        micro = f"{row['num_micro_batches']}{ {'both': 'b', 'one': ''}.get(row['schedule'], '') }"
+        micro = f"{row['num_micro_batches']}{ {'both': 'b', 'one': ''}.get(row['schedule'], '')}"
         lines.append(
             f" {number:>2} {cell_text(row):<46} {row['num_gpus']:>4} {micro:>2} {row['batch']:>6} "
             f"{row['step_s'] * 1e3:>6.1f} {row['tokens_s_per_gpu']:>9.1f} {value}  "

@@ -156,7 +156,9 @@ def _improve(each: np.ndarray, nodes: list[set[int]]) -> list[set[int]]:
     return nodes
 
 
-def _best_swap(each: np.ndarray, nodes: list[set[int]], loads: np.ndarray, busiest: int) -> tuple[int, int, int] | None:
+def _best_swap(
+    each: np.ndarray, nodes: list[set[int]], loads: np.ndarray, busiest: int
+) -> tuple[int, int, int] | None:
     best, swap = loads[busiest] * (1 - 1e-12), None
     for other in range(len(nodes)):
         if other == busiest:

@@ -60,7 +60,9 @@ def latency_front(problem: Problem, table: Any, objective: Objective) -> tuple[n
     return front_of(np.concatenate(steps), np.concatenate(gains))
 
 
-def colocated_front(problem: Problem, options: BaselineOptions, objective: Objective) -> tuple[np.ndarray, np.ndarray]:
+def colocated_front(
+    problem: Problem, options: BaselineOptions, objective: Objective
+) -> tuple[np.ndarray, np.ndarray]:
     """The same for deployments without disaggregation, every engine swept."""
     steps, gains = [np.zeros(0)], [np.zeros(0)]
     for name in problem.pool:

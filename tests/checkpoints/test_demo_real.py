@@ -28,11 +28,8 @@ def dense_llama(gguf: DenseGguf):
     names = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
     names |= {f"attn_{short}": f"self_attn.{short}_proj" for short in "qkv"} | {"attn_output": "self_attn.o_proj"}
     names |= {f"ffn_{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
-    state = {
-        "model.embed_tokens.weight": "token_embd",
-        "lm_head.weight": "token_embd",
-        "model.norm.weight": "output_norm",
-    }
+    state = {"model.embed_tokens.weight": "token_embd", "lm_head.weight": "token_embd",
+             "model.norm.weight": "output_norm"}
     for layer in range(30):
         state |= {f"model.layers.{layer}.{theirs}.weight": f"blk.{layer}.{ours}" for ours, theirs in names.items()}
     model = transformers.LlamaForCausalLM(config).eval()

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-import pathlib
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from imaginary_gpus import imaginary_gpus
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels import paged_attention as public
@@ -21,7 +21,6 @@ sys.path.insert(0, __file__.rsplit("/", 1)[0])
 import simt_emulator
 from test_paged_attention import batch_of, oracle
 
-TARGET = pathlib.Path(__file__).parents[1] / "data" / "h200_target_config.txtpb"
 LENGTHS = (1, 16, 17, 64, 150)
 SINKS = np.array([-1.0, 0.5, 2.0, 0.0, 3.0, -2.0], np.float32)
 
@@ -148,13 +147,7 @@ def test_the_kernel_interpreted(interpreted, heads, head_dim, page_len, dtype, o
 @pytest.mark.parametrize(("heads", "head_dim"), [((48, 8), 128), ((16, 1), 64), ((8, 8), 256), ((4, 4), 128)])
 def test_the_kernel_compiled_for_hopper(heads, head_dim, dtype):
     """One launch, with nothing beside it."""
-    pytest.importorskip("jax_cuda13_plugin", reason="ahead-of-time compilation needs the `aot` extra")
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(
-        topology_name="h200", platform="cuda", target_config=TARGET.read_text(), topology="1x1x1"
-    )
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    sharding = jax.sharding.SingleDeviceSharding(imaginary_gpus(1)[0])
     num_heads, num_kv_heads = heads
     pages, rows = ((256, 64, num_kv_heads, head_dim), dtype), ((4,), jnp.int32)
     shapes = (((4, 1, num_heads, head_dim), jnp.bfloat16), pages, pages, ((4, 64), jnp.int32), rows, rows)

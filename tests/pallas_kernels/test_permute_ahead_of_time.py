@@ -1,29 +1,20 @@
 """permute and unpermute compiled for a Hopper GPU that isn't there: how many launches, and nothing beside them."""
 
-import pathlib
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from imaginary_gpus import imaginary_gpus
 
 from jmoe.pallas_kernels.permute import permute, unpermute
 
-TARGET = pathlib.Path(__file__).parents[1] / "data" / "h200_target_config.txtpb"
 pytestmark = pytest.mark.aot
 
 
 @pytest.fixture(scope="module")
 def device():
-    pytest.importorskip("jax_cuda13_plugin", reason="ahead-of-time compilation needs the `aot` extra")
-    if jax.__version_info__ < (0, 11):
-        pytest.skip(f"ahead-of-time GPU compilation needs jax 0.11 or newer, got {jax.__version__}")
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(
-        topology_name="h200", platform="cuda", target_config=TARGET.read_text(), topology="1x1x1"
-    )
-    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+    return jax.sharding.SingleDeviceSharding(imaginary_gpus(1)[0])
 
 
 def launches(device, function, *shapes):

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import math
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from imaginary_gpus import imaginary_gpus
 
 from jmoe.pallas_kernels import ragged_paged_attention as module
 from jmoe.pallas_kernels.ragged_paged_attention import ragged_paged_attention
@@ -31,7 +31,6 @@ ROWS = (
     (5, 90),
     (100, 33),
 )
-TARGET = pathlib.Path(__file__).parents[1] / "data" / "h200_target_config.txtpb"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,13 +204,7 @@ def test_the_kernel_interpreted(interpreted, rows, heads, head_dim, page_len, op
 @pytest.mark.aot
 def test_the_kernel_compiled_for_hopper():
     """Two launches: attention and merge. Nothing of the pages' or queries' size is moved beside them."""
-    pytest.importorskip("jax_cuda13_plugin", reason="ahead-of-time compilation needs the `aot` extra")
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(
-        topology_name="h200", platform="cuda", target_config=TARGET.read_text(), topology="1x1x1"
-    )
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    sharding = jax.sharding.SingleDeviceSharding(imaginary_gpus(1)[0])
     pages, rows = ((256, 64, 8, 128), jnp.bfloat16), ((4,), jnp.int32)
     shapes = (((2048, 48, 128), jnp.bfloat16), pages, pages, ((4, 64), jnp.int32), rows, rows, rows)
     arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]

@@ -57,7 +57,9 @@ def test_config_json_equals_preset(tmp_path):
 
 
 def test_dense_layers_come_from_the_config():
-    config = ModelConfig("qwen3_moe", 1000, 64, 4, 4, 2, 16, 8, 2, 32, dense_layers=(0, 2), dense_ffn_size=128)
+    config = ModelConfig(
+        "qwen3_moe", 1000, 64, 4, 4, 2, 16, 8, 2, 32, dense_layers=(0, 2), dense_ffn_size=128
+    )
     shape = ModelShape.from_config(config)
     assert (shape.num_moe_layers, shape.num_dense_layers, shape.dense_params) == (2, 2, 3 * 64 * 128)
 

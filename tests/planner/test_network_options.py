@@ -59,7 +59,9 @@ def test_incast_is_slower_than_turns():
 
 
 def test_incast_queue_grows_with_the_number_of_senders():
-    waits = [_run(ONE_LEAF, _flows([(i, 63) for i in range(num)], 64 * KIB)).longest_wait_s for num in (1, 4, 16)]
+    waits = [
+        _run(ONE_LEAF, _flows([(i, 63) for i in range(num)], 64 * KIB)).longest_wait_s for num in (1, 4, 16)
+    ]
     assert waits[0] < 1e-12
     assert waits[2] > 3 * waits[1] > 0
 

@@ -35,7 +35,9 @@ def test_a_token_is_sent_once_per_node():
 
 
 @pytest.mark.parametrize("kind", ["uniform", "zipf"])
-@pytest.mark.parametrize(("num_experts", "k", "num_nodes"), [(8, 2, 8), (32, 4, 8), (32, 4, 32), (128, 8, 16)])
+@pytest.mark.parametrize(
+    ("num_experts", "k", "num_nodes"), [(8, 2, 8), (32, 4, 8), (32, 4, 32), (128, 8, 16)]
+)
 def test_totals_have_the_distribution_of_drawn_tokens(num_experts, k, num_nodes, kind):
     placement = ExpertPlacement.balanced(num_experts, num_nodes)
     popularity = Routing(kind, zipf_exponent=0.5).popularity(1, num_experts)

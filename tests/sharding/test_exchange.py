@@ -97,6 +97,16 @@ def test_numbers_wrap_far_from_the_sign():
     assert (fault == -1).all() and (sequence == 1).all()
 
 
+def expected_fault(device: int, planted: int, dispatch: bool, combine: bool) -> list[int]:
+    """(expected, got) on a device of a 2:2 mesh where all numbers are 41 but for 48 on the planted device."""
+    attention = device < 2
+    if not (combine if attention else dispatch):
+        return [-1, -1]  # receives nothing, so sees nothing
+    if device == planted:
+        return [48, 41]
+    return [41, 48] if attention != (planted < 2) else [-1, -1]
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_device_out_of_step_is_found_by_itself_and_by_its_partners(way):
     """Who receives sees it: experts in a dispatch, attention in a combine, both in both; senders alone see nothing."""
@@ -107,14 +117,7 @@ def test_a_device_out_of_step_is_found_by_itself_and_by_its_partners(way):
         numbers[planted] = 48
         fault = run(exchange, [way], numbers)[2]
         for device in range(4):
-            attention = device < 2
-            want = [-1, -1]
-            if combine if attention else dispatch:
-                if device == planted:
-                    want = [48, 41]
-                elif attention != (planted < 2):
-                    want = [41, 48]
-            assert fault[device].tolist() == want, (planted, device)
+            assert fault[device].tolist() == expected_fault(device, planted, dispatch, combine), (planted, device)
 
 
 @pytest.mark.parametrize("number", [40, 42, 0, SEQUENCE_MASK, -1, -5])

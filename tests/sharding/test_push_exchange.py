@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from push_roles import ROLES, Roles
-from test_exchange import CAPACITY, CHOICES, HIDDEN, MESHES, WAYS, expected_arrivals, random_boxes
+from test_exchange import CAPACITY, CHOICES, HIDDEN, MESHES, WAYS, expected_arrivals, expected_fault, random_boxes
 
 from jmoe.pallas_kernels.push_plan import SEQUENCE_MASK, TIMED_OUT, MailboxMap, Message, slots_for
 from jmoe.sharding.exchange import Chain
@@ -136,13 +136,7 @@ def test_a_device_out_of_step_is_found_by_itself_and_by_its_partners(way):
         numbers[planted] = 48
         fault = run(exchange, [way], numbers)[2]
         for device in range(4):
-            attention, want = device < 2, [-1, -1]
-            if combine if attention else dispatch:
-                if device == planted:
-                    want = [48, 41]
-                elif attention != (planted < 2):
-                    want = [41, 48]
-            assert fault[device].tolist() == want, (planted, device)
+            assert fault[device].tolist() == expected_fault(device, planted, dispatch, combine), (planted, device)
 
 
 def test_a_peer_that_never_comes_is_a_fault_and_later_waits_end_at_once():
