@@ -146,14 +146,12 @@ class StageTimer:
         few, many = (_median_s(self._compiled[name, n], self.repeats) for n in (1, count))
         return max(many - few, 1e-9) / (count - 1)  # positive: on a noisy host a short stage drowns
 
+    def _attention_role(self, params) -> AttentionRole:
+        return AttentionRole(self.cell, AttentionHalf(self.cell.model, take_from(params)), self._exchanges["attention"])
+
     def _attention(self, count: int, params, experts, state: DeviceState, inputs):
-        role = AttentionRole(self.cell, AttentionHalf(self.cell.model, take_from(params)), self._exchanges["attention"])
-        rows, lane, box, all_pages = (
-            Rows.unpack(inputs[0], self._layout),
-            role.empty_lane(),
-            None,
-            list(state.pages or []),
-        )
+        role, rows = self._attention_role(params), Rows.unpack(inputs[0], self._layout)
+        lane, box, all_pages = role.empty_lane(), None, list(state.pages or [])
         back = _received(role.exchange, self.cell, state)
         for j in range(count):
             stage = Stage(j, 0)
@@ -189,8 +187,7 @@ class StageTimer:
         return state, (box.hidden, chain.sequence)
 
     def _head(self, count: int, params, experts, state: DeviceState, inputs):
-        role = AttentionRole(self.cell, AttentionHalf(self.cell.model, take_from(params)), self._exchanges["attention"])
-        rows = Rows.unpack(inputs[0], self._layout)
+        role, rows = self._attention_role(params), Rows.unpack(inputs[0], self._layout)
         x = role.half.embed_tokens(rows.token_ids, role.tensor)[:, 0]
         for _ in range(count):
             logits = role.half.logits(x, role.tensor)

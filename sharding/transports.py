@@ -34,6 +34,4 @@ def exchange_of(
         return Exchange.of(*sizes)
     if role not in ("attention", "expert"):
         raise ValueError(f"role: expected 'attention' or 'expert' with transport {mesh.transport!r}, got {role!r}")
-    exchange = PushExchange.of(*sizes)
-    assert isinstance(exchange, PushExchange)
-    return dataclasses.replace(exchange.playing(role), implementation=implementation)
+    return dataclasses.replace(PushExchange.of(*sizes).playing(role), implementation=implementation)
