@@ -18,7 +18,7 @@ from jmoe.decode_loop import DeviceState, Role
 from jmoe.device_params import DeviceParams, ParamSource
 from jmoe.empty_state import EmptyState
 from jmoe.errors import ExchangeTimeoutError, SequenceMismatchError
-from jmoe.lowering import AbstractCell, Key, lower_program, on_each_device, slot_bytes
+from jmoe.lowering import COMPILER_OPTIONS, AbstractCell, Key, lower_program, on_each_device, slot_bytes
 from jmoe.models.model import Model
 from jmoe.pallas_kernels.choice import has_hopper
 from jmoe.pallas_kernels.push_plan import TIMED_OUT
@@ -236,7 +236,8 @@ class CellRuntime:
           would copy the KV cache) and returns the result over the joint mesh.
         """
         key: Key = ("decode", False)
-        mapped = jax.jit(on_each_device(function, self.mesh), donate_argnums=(2,))
+        each = on_each_device(function, self.mesh)
+        mapped = jax.jit(each, donate_argnums=(2,), compiler_options=COMPILER_OPTIONS)
         compiled = mapped.lower(*self._arguments(key, inputs)).compile()
 
         def call():

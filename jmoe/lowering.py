@@ -23,6 +23,10 @@ from jmoe.step_inputs import StepLayout
 
 Key: TypeAlias = tuple[Literal["prefill", "decode"], bool]  # (kind, sampling)
 
+# XLA would hand a slice of a larger array (the page table within the packed inputs) to a Mosaic kernel as an address
+# within that array; the kernel refuses one that isn't a multiple of 256 bytes, when it runs.
+COMPILER_OPTIONS: dict[str, bool | int | str] = {"xla_gpu_enable_dynamic_slice_fusion": False}
+
 
 class AbstractCell:
     """Shapes of everything that one device holds, as arrays over its program's mesh (leading axis: the device)."""
@@ -146,6 +150,6 @@ def lower_program(cell: CellConfig, mesh: Mesh, role: Role, key: Key) -> jax.sta
     push = "reference" if mesh.devices.flat[0].platform == "cpu" else "pallas"
     program = on_each_device(CellProgram(cell, kind, sampling, role, push), mesh)
     # keep_unused: its arguments are those of AbstractCell, so that a compiled program can come back from disk alone.
-    return jax.jit(program, donate_argnums=(2,), keep_unused=True).lower(
+    return jax.jit(program, donate_argnums=(2,), keep_unused=True, compiler_options=COMPILER_OPTIONS).lower(
         *abstract.params(), abstract.state(sampling), abstract.inputs(kind)
     )

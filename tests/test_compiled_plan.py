@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled_plan import faults
+from compiled_plan import computations, faults
 from imaginary_gpus import imaginary_gpus
 from jax.sharding import Mesh
 
@@ -106,6 +106,18 @@ def test_plan_of_a_colocated_cell_on_hopper(imaginary_mesh, monkeypatch):
     assert not faults(text, forbidden_sizes(cell, devices))
     kernels = text.count('custom_call_target="mosaic_gpu')
     assert kernels == 3 * 8 + 2, "residual_norm stands before the projections of all layers but the first"
+
+
+@pytest.mark.aot
+def test_no_kernel_of_a_prefill_gets_a_slice(imaginary_mesh, monkeypatch):
+    """A Mosaic kernel refuses operands off a multiple of 256 bytes: no address within the packed inputs will do."""
+    monkeypatch.setattr(choice, "has_hopper", lambda: True)
+    # A page table of 128 pages: XLA takes a slice whose size, not whose start, is a multiple of 128 bytes.
+    cell = dataclasses.replace(cell_on(MeshConfig.colocate(1)), kernels="pallas", max_len=2048)
+    devices = Mesh(imaginary_mesh.devices[:1], (AXIS,))
+    text = lower_program(cell, devices, "colocated", ("prefill", False)).compile().as_text()
+    holding = [n for n, lines in computations(text).items() if any('target="mosaic_gpu' in line for line in lines)]
+    assert holding and not [name for name in holding if "slice" in name]
 
 
 @pytest.mark.aot
