@@ -20,6 +20,12 @@ def pytest_configure(config):
         jax.config.update("jax_num_cpu_devices", NUM_CPU_DEVICES)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """What `-n auto` means: a worker takes some 2 GB, and compiles on more than one core."""
+    return max(1, min(os.cpu_count() or 1, 8))
+
+
 def pytest_collection_modifyitems(config, items):
     if os.environ["JAX_PLATFORMS"] != "cpu":
         return

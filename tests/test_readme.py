@@ -81,9 +81,11 @@ def test_ci_runs_the_two_commands():
     """`.ci/run` takes them out of README by how they end; each must be there once, whole on one line."""
     lines = re.findall(r"^python3 -m venv .*", "".join(blocks(README, "sh")), re.MULTILINE)
     assert len(lines) == 2
-    assert lines[0].endswith('jmoe demo "What is the capital of France?"') and lines[1].endswith("-m pytest")
+    assert lines[0].endswith('jmoe demo "What is the capital of France?"') and lines[1].endswith(
+        "-m pytest -n auto --dist worksteal"
+    )
     script = (ROOT / ".ci" / "run").read_text()
-    assert """readme_command 'France\\?"'""" in script and "readme_command pytest" in script
+    assert """readme_command 'France\\?"'""" in script and "readme_command worksteal" in script
 
 
 @pytest.fixture
