@@ -1,12 +1,14 @@
 """The M2N exchange between GPUs of one host, and what else moves the same bytes, in one run.
 
     python benchmarks/exchange.py                                   # 1 + 1 GPUs, 32 KiB to 64 MiB a pair
-    python benchmarks/exchange.py --attention 4 --expert 4          # more GPUs of one host
+    python benchmarks/exchange.py --attention 1 --expert 3          # more GPUs of one host, in any ratio
+    python benchmarks/exchange.py --attention 3 --expert 5 --platform cpu --sizes 32   # what CPU devices can run of it
     python benchmarks/exchange.py --sizes 128,2048 --who push,nccl  # KiB; a short run
     srun python benchmarks/exchange.py --who nccl --coordinator HOST:PORT      # several hosts, one process a GPU,
     srun python benchmarks/exchange.py --who ppermute --coordinator HOST:PORT  # one family of peers a command
 
-A line each: who, pattern, routing, bytes of hidden vectors that a pair needs, time of one hop. `half_rtt` is half of a
+A line each: who, pattern, routing, bytes of hidden vectors that a pair needs, time of one hop, and bytes a second
+of the busiest device, one way: a message's for each of its peers. `half_rtt` is half of a
 ping-pong, so it includes the signal, its wait and a kernel's start; in `one_way` and `two_way` messages follow each
 other. Routed cases draw a top-k on the device (uniform, or with Zipf(1) expert popularity), gather the rows of the
 first node of --nodes by index, and carry expert ids and weights; plain rows carry nothing else. `sent/needed` is bytes
@@ -40,11 +42,18 @@ def main() -> None:
         _run_rank(arguments)
         return
     rows = []
-    for group in _groups(arguments.who.split(",")):
+    for group in _groups(_who(arguments)):
         rows += _spawn(arguments, group)
     print()
     for row in rows:
-        print(_line(row))
+        print(_line(row, max(arguments.attention, arguments.expert)))
+
+
+def _who(arguments: argparse.Namespace) -> list[str]:
+    """The peers that are asked for; on CPU those that run there."""
+    if arguments.who is not None:
+        return arguments.who.split(",")
+    return ["push", *XLA] if arguments.platform == "cpu" else list(WHO)
 
 
 def _groups(who: list[str]) -> list[tuple[str, ...]]:
@@ -88,7 +97,9 @@ def _spawn(arguments: argparse.Namespace, group: tuple[str, ...]) -> list[dict[s
 
 
 def _run_rank(arguments: argparse.Namespace) -> None:
-    groups = _groups(arguments.who.split(","))
+    if arguments.platform == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    groups = _groups(_who(arguments))
     if len(groups) != 1:
         raise SystemExit(
             f"--who: expected one of push, {','.join(TORCH)} or {','.join(XLA)} a rank, got {arguments.who}"
@@ -99,25 +110,31 @@ def _run_rank(arguments: argparse.Namespace) -> None:
         _run_push(arguments, group[0], cases)
         return
     plain = [_payload(case, arguments) for case in cases]
+    sizes = arguments.attention, arguments.expert
     if group[0] in TORCH:
-        import exchange_peers as peers
+        import exchange_peers
+
+        exchange_peers.main(arguments.rank, sizes, arguments.coordinator, plain, list(group))
     else:
-        import exchange_permute as peers
-    peers.main(arguments.rank, arguments.num_ranks, arguments.coordinator, plain, list(group))
+        import exchange_permute
+
+        exchange_permute.main(arguments.rank, sizes, arguments.coordinator, plain, list(group), arguments.platform)
 
 
 def _run_push(arguments: argparse.Namespace, who: str, cases: list[Any]) -> None:
     """All devices in this process, or one of them."""
     import concurrent.futures
 
-    import jax
+    from jmoe.serving.executors.inline import start_jax
+
+    devices = start_jax(arguments.platform, arguments.attention + arguments.expert)
     from exchange_push import PushCase
 
     from jmoe.sharding.mailboxes import Mailboxes
     from jmoe.sharding.mesh_config import MeshConfig
 
     mesh = MeshConfig(arguments.attention, arguments.expert, num_micro_batches=3)
-    devices = list(enumerate(jax.devices()[: mesh.num_devices]))
+    devices = list(enumerate(devices[: mesh.num_devices]))
     if who == "push_processes":
         devices = [devices[arguments.rank]]
     guest = Guest(arguments.rank, _address(arguments.meeting))
@@ -144,9 +161,9 @@ def _payload(case: Any, arguments: argparse.Namespace, rows: int | None = None) 
     rows = rows if rows is not None else max(1, case.size // case.row_bytes)
     return {
         "pattern": case.pattern, "routing": case.routing, "size": case.size, "rows": rows,
-        "row_bytes": case.row_bytes, "column_bytes": case.column_bytes,
+        "row_bytes": case.row_bytes, "column_bytes": case.column_bytes, "tokens": case.tokens,
         # What a transport that pads to the worst case moves: every token's row, whoever needs it.
-        "sent_over_needed": case.tokens / rows if set(_groups(arguments.who.split(","))[0]) & set(XLA) else 1.0,
+        "sent_over_needed": case.tokens / rows if set(_who(arguments)) & set(XLA) else 1.0,
     }  # fmt: skip
 
 
@@ -170,8 +187,8 @@ def _cases(arguments: argparse.Namespace) -> list[Any]:
     ]
 
 
-def _line(row: dict[str, Any]) -> str:
-    moved = row["rows"] * row["row_bytes"]
+def _line(row: dict[str, Any], most_peers: int) -> str:
+    moved = row["rows"] * row["row_bytes"] * most_peers
     text = f"{row['who']:16s} {row['pattern']:9s} {row['routing']:8s} {row['size'] // 1024:6d} KiB {row['us']:8.2f} us"
     text += f" {moved / row['us'] / 1e3:7.1f} GB/s  sent/needed {row['sent_over_needed']:.2f}"
     return text + ("".join(f"  WRONG: {w}" for w in row.get("wrong", ())))
@@ -181,7 +198,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attention", type=int, default=1, help="M, attention devices")
     parser.add_argument("--expert", type=int, default=1, help="N, expert devices")
-    parser.add_argument("--who", default=",".join(WHO), help=f"some of {','.join(WHO)}")
+    parser.add_argument("--platform", choices=["gpu", "cpu"], default="gpu")
+    parser.add_argument("--who", help=f"some of {','.join(WHO)}; all that the platform can run if not given")
     parser.add_argument("--patterns", default=",".join(PATTERNS))
     parser.add_argument("--routing", default="rows,uniform,zipf")
     parser.add_argument("--sizes", default=",".join(map(str, SIZES_KIB)), help="KiB of hidden vectors a pair")
