@@ -90,11 +90,11 @@ def serve(args: argparse.Namespace) -> None:
 
     mesh, prompts = mesh_of(args, args.ratios[0]), prompts_of(args)
     rows = -(-len(prompts) // (mesh.attention * mesh.num_micro_batches))
+    apart = ProcessOptions(per=args.per) if args.executors[0] == "processes" else None
     with jmoe.serve(
-        args.folder, mesh, executor=args.executors[0],
-        processes=ProcessOptions(per=args.per) if args.executors[0] == "processes" else None, rows=rows, chunk_len=16, num_steps=4, page_len=16,
-        num_pages=1 + rows * mesh.num_micro_batches * (MAX_LEN // 16), max_len=MAX_LEN, compile_cache="off",
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
+        args.folder, mesh, executor=args.executors[0], processes=apart, rows=rows, chunk_len=16, num_steps=4,
+        page_len=16, num_pages=1 + rows * mesh.num_micro_batches * (MAX_LEN // 16), max_len=MAX_LEN,
+        compile_cache="off", progress=lambda line: print(line, file=sys.stderr, flush=True),
     ) as server:  # fmt: skip
         asked = jmoe.SamplingParams(max_tokens=args.num_tokens, ignore_eos=True)
         runs = [[list(done.token_ids) for done in server.generate(prompts, asked)] for _ in range(2)]
