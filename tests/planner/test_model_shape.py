@@ -25,8 +25,8 @@ DEEPSEEK = {
 @pytest.mark.parametrize(
     ("name", "billions"),
     [
-        ("mixtral-8x22b", 140.6), ("dbrx", 131.6), ("scaled-moe-317b", 317), ("qwen3-30b-a3b", 30.5),
-        ("qwen3-235b-a22b", 235), ("minimax-m2.5", 229), ("deepseek-v3", 671),
+        ("mixtral-8x7b", 46.7), ("mixtral-8x22b", 140.6), ("dbrx", 131.6), ("scaled-moe-317b", 317),
+        ("qwen3-30b-a3b", 30.5), ("qwen3-235b-a22b", 235), ("minimax-m2.5", 229), ("deepseek-v3", 671),
     ],
 )  # fmt: skip
 def test_parameter_counts_are_the_published_ones(name, billions):
@@ -65,7 +65,7 @@ def test_dense_layers_come_from_the_config():
 
 
 def test_unknown_model_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"expected one of mixtral-8x22b.*did you mean deepseek-v3"):
+    with pytest.raises(ValueError, match=r"expected one of mixtral-8x7b.*did you mean deepseek-v3"):
         load_model_shape("deepseek-v4")
 
 

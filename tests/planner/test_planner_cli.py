@@ -77,7 +77,7 @@ def test_longer_traces_and_precisions_change_the_plan(plan, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--model", "mixtral", "--gpus", "h20:8"), "did you mean mixtral-8x22b"),
+        (("--model", "mixtral", "--gpus", "h20:8"), "did you mean mixtral-8x7b"),
         (("--model", "dbrx", "--gpus", "h21:8"), "expected one of a800"),
         (("--model", "dbrx", "--gpus", "h20:8", "--slo-ms", "3"), r"--slo-ms: expected at least [\d.]+ ms, the least"),
         (("--model", "deepseek-v3", "--gpus", "l40s:8"), "at least: l40s: 1 for attention and 32 for experts"),
