@@ -23,9 +23,9 @@ def candidates(case: Case, num_in: int, num_out: int, parts: int) -> list[dict[s
     small, average = case.dtype == "fp8", case.tokens * case.model.k / case.model.experts
     chosen = choose_blocks(case.tokens * case.model.k, case.model.experts, num_in, num_out, parts, small)
     beside = (n for n in (96, 120, 128, 144, 152) if average > 64 and n <= 2 * average)
-    splits = [(128, 64, 2), (256, 64, 2)] if not small else [(128, 128, 2), (256, 128, 2)]
+    splits = [(128, 64, 2), (256, 64, 2)] if not small else [(128, 128, 2), (256, 128, 2), (128, 256, 2)]
     if average <= 64:
-        splits += [(64, 128, 1)]
+        splits += [(64, 128, 1)] + [(64, 256, 1)] * small
     found = []
     for n, (out, depth, consumers) in itertools.product(sorted({chosen.block_rows, *beside}), splits):
         sums = parts * n * out // (64 * consumers)  # floats of a thread, times 2

@@ -129,13 +129,12 @@ def _check_blocks(shape: Product) -> None:
         and b.block_out % (64 * b.consumers) == 0
         and shape.num_in % b.block_in == 0
         and b.block_in % (SCALED if shape.small else 64) == 0
-        and (not shape.small or b.block_in == SCALED)
     )
     if not fits or shape.stages < 2:
         raise ValueError(
             f"grouped_matmul: expected block_rows a multiple of 8 up to min(256, rows), block_out a multiple of 64 a "
-            f"consumer that divides out, block_in one of {SCALED if shape.small else 64} that divides in, two stages "
-            f"of shared memory at least; got {b} for rows {shape.rows}, in {shape.num_in}, out {shape.num_out}"
+            f"consumer that divides out, block_in a multiple of {SCALED if shape.small else 64} that divides in, two "
+            f"stages of shared memory at least; got {b} for rows {shape.rows}, in {shape.num_in}, out {shape.num_out}"
         )
 
 

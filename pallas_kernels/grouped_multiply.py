@@ -63,12 +63,9 @@ class Multiplier:
             plgpu.commit_smem()
             self._store(item, item.tile * shape.blocks.block_out + self.own * shape.share + half * HALF)
 
-    def _side(self, slot: Any, part: int, half: int) -> Any:
-        """Weights of one wgmma: `[HALF, block_in]`."""
-        columns = pl.ds(self.own * self.shape.share + half * HALF, HALF)
-        if self.shape.small:
-            return self.weights_s.at[slot, part, columns]
-        return self.weights_s.at[slot, part, :, columns].T
+    def _columns(self, half: int) -> Any:
+        """Columns of one wgmma within a stage."""
+        return pl.ds(self.own * self.shape.share + half * HALF, HALF)
 
     def _sums(self) -> list[tuple[int, int]]:
         return [(part, half) for part in range(self.shape.parts) for half in range(self.halves)]
@@ -82,7 +79,7 @@ class Multiplier:
                 slot = lax.rem(item.step + k, stages)
                 plgpu.barrier_wait(self.full.at[slot])
                 for (part, half), acc in zip(self._sums(), accs, strict=True):
-                    plgpu.wgmma(acc, self._side(slot, part, half), self.rows_s.at[slot].T)
+                    plgpu.wgmma(acc, self.weights_s.at[slot, part, :, self._columns(half)].T, self.rows_s.at[slot].T)
                 plgpu.wgmma_wait(len(accs))  # of the step before this one nothing is still read
 
                 @pl.when(k > 0)
@@ -113,31 +110,41 @@ class Multiplier:
         by_row_g, by_block_g = self.scales
         first = item.tile * b.block_out + self.own * self.shape.share
         at_once = len(sums) if len(sums) * b.block_rows <= 160 else 1  # sums beside their totals in the registers
+        in_stage = b.block_in // SCALED
 
         def factors(k):
-            """Of a step: by row, and of each sum the weights' block."""
+            """Of 128 terms: by row, and of each sum the weights' block."""
             blocks = [by_block_g[part][item.expert, lax.div(first + half * HALF, SCALED), k] for part, half in sums]
             return self._factors(by_row_g, item.first, k), *blocks
 
+        def products(slot, part_of_stage, start):
+            """`at_once` sums of 128 terms of a stage, from one on."""
+            terms = pl.ds(part_of_stage * SCALED, SCALED)
+
+            def product(*accs):
+                for (part, half), acc in zip(sums[start:], accs, strict=False):
+                    weights = self.weights_s.at[slot, part, self._columns(half), terms]
+                    plgpu.wgmma(acc, weights, self.rows_s.at[slot, :, terms].T)
+                return tuple(acc[...] for acc in accs)
+
+            return pl.run_scoped(product, *[accumulator(size, jnp.float32)] * at_once)
+
         def step(k, state):
-            totals, (by_row, *by_block) = state
-            ahead = factors(jnp.minimum(k + 1, self.steps - 1))  # asked for a step before they are needed
             slot = lax.rem(item.step + k, stages)
-            plgpu.barrier_wait(self.full.at[slot])
-            new = []
-            for start in range(0, len(sums), at_once):
-
-                def product(*accs, start=start):
-                    for (part, half), acc in zip(sums[start:], accs, strict=False):
-                        plgpu.wgmma(acc, self._side(slot, part, half), self.rows_s.at[slot].T)
-                    return tuple(acc[...] for acc in accs)
-
-                found: Any = pl.run_scoped(product, *[accumulator(size, jnp.float32)] * at_once)
-                if start + at_once == len(sums):
-                    plgpu.barrier_arrive(self.free.at[slot])
-                for n, product_sum in enumerate(found, start):
-                    new.append(totals[n] + product_sum * lax.broadcast_in_dim(by_row * by_block[n], size, (1,)))
-            return tuple(new), ahead
+            totals, found_factors = list(state[0]), state[1]
+            for n in range(in_stage):
+                by_row, *by_block = found_factors
+                # Asked for 128 terms before they are needed.
+                found_factors = factors(jnp.minimum(k * in_stage + n + 1, self.steps * in_stage - 1))
+                if n == 0:
+                    plgpu.barrier_wait(self.full.at[slot])
+                for start in range(0, len(sums), at_once):
+                    found: Any = products(slot, n, start)
+                    if n == in_stage - 1 and start + at_once == len(sums):
+                        plgpu.barrier_arrive(self.free.at[slot])
+                    for i, product_sum in enumerate(found, start):
+                        totals[i] += product_sum * lax.broadcast_in_dim(by_row * by_block[i], size, (1,))
+            return tuple(totals), found_factors
 
         none = plgpu.layout_cast(jnp.zeros(size, jnp.float32), LAYOUT)
         return lax.fori_loop(0, self.steps, step, ((none,) * len(sums), factors(0)))[0]

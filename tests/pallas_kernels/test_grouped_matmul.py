@@ -1,5 +1,6 @@
 """grouped_matmul and gated_grouped_matmul in every form, against numpy in float64."""
 
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -134,6 +135,58 @@ def test_block_scaled_weights(parts):
         )
         got = run(values, made, scales)
         np.testing.assert_allclose(np.asarray(got), want, rtol=1e-4, atol=1e-3 * np.abs(want).max())
+
+
+def scaled_arrays(sizes, parts: int, num_in: int, num_out: int):
+    """Rows and weights whose scales differ from one 128 terms to the next: (operands of `grouped`, want, heard)."""
+    rng = np.random.default_rng(3)
+    num_rows, num_experts, blocks = -(-sum(sizes) // 8) * 8, len(sizes), num_in // 128
+
+    def uneven(*shape):
+        loudness = rng.uniform(0.1, 3, (*shape[:-1], blocks))
+        return jnp.asarray(rng.normal(size=shape) * np.repeat(loudness, 128, axis=-1), jnp.float32)
+
+    made = [jax.jit(quantize_blocks)(uneven(num_experts, num_out, num_in)) for _ in range(parts)]
+    values, scales = jax.jit(quantize_rows)(uneven(num_rows, num_in))
+    dense = [np.swapaxes(np.asarray(jax.jit(lambda w: w.dequantize())(w)), 1, 2) for w in made]
+    row_weights = rng.uniform(0.5, 1, num_rows).astype(np.float32)
+    starts = np.cumsum(sizes) - sizes
+    rows = np.asarray(values, np.float32) * np.repeat(scales, 128, axis=1)
+    want, heard = truth(rows, dense, row_weights, np.asarray(sizes), starts)
+    return (values, made, jnp.asarray(sizes, jnp.int32), None, jnp.asarray(row_weights), scales), want, heard
+
+
+SCALED_BLOCKS = [GroupedBlocks(16, 128, 128, 2, 2), GroupedBlocks(16, 128, 256, 2, 2), GroupedBlocks(8, 64, 256, 2, 1)]
+
+
+@pytest.mark.aot
+@interpreted
+@pytest.mark.parametrize("blocks", SCALED_BLOCKS[1:], ids=str)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_scaled_mosaic_interpreted(parts, blocks):
+    from jax._src.pallas.mosaic_gpu.interpret import params
+
+    from jmoe.pallas_kernels import grouped_matmul_mosaic as mosaic
+
+    operands, want, heard = scaled_arrays([3, 0, 9], parts, 512, 128)
+    with params.force_gpu_interpret_mode():
+        got = mosaic.grouped(*operands, out_dtype=jnp.float32, blocks=blocks, num_sms=3, interpret=True)
+    np.testing.assert_allclose(np.asarray(got)[heard], want[heard], rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocks", [None, *SCALED_BLOCKS], ids=str)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_scaled_mosaic_on_the_device(parts, blocks):
+    from jmoe.pallas_kernels import grouped_matmul_mosaic as mosaic
+
+    operands, want, heard = scaled_arrays([70, 0, 33, 130, 1, 0, 64, 17], parts, 1024, 512)
+    blocks = blocks and dataclasses.replace(blocks, num_stages=None)
+    run = jax.jit(lambda *given: mosaic.grouped(*given, out_dtype=jnp.float32, blocks=blocks))
+    got = [np.asarray(run(*operands), np.float64)[heard] for _ in range(2)]
+    # float8's own sums of 128 terms keep some 14 bits.
+    assert np.linalg.norm(got[0] - want[heard]) < 2e-3 * np.linalg.norm(want[heard])
+    np.testing.assert_array_equal(got[0], got[1])
 
 
 def test_gradient_hears_no_row_of_no_group():
