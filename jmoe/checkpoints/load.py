@@ -9,6 +9,7 @@ import numpy as np
 
 from jmoe.checkpoints.dequantized_files import DequantizedFiles
 from jmoe.checkpoints.hf_names import name_maps
+from jmoe.checkpoints.host_buffers import HostBuffers
 from jmoe.checkpoints.layout import SCALES, Piece
 from jmoe.checkpoints.raw_tensors import RawTensors
 from jmoe.checkpoints.safetensors_reader import TensorFiles
@@ -41,6 +42,7 @@ class CheckpointReader:
         self._dequantized = DequantizedFiles(self.files)
         self._expert_files = self._dequantized if self.config.expert_dtype == "model" else self.files
         self._raw = RawTensors()
+        self._buffers = HostBuffers()
         self._dtype = np.dtype(np.float32 if self.config.dtype == "float32" else ml_dtypes.bfloat16)
 
     @property
@@ -117,7 +119,7 @@ class CheckpointReader:
                 return None
             if not self._raw.holds(self.files.file_of(piece.name), piece.name, piece.stored, dtype):
                 return None
-        stored = np.empty((len(pieces), *first.stored), dtype)
+        stored = self._buffers.empty((len(pieces), *first.stored), dtype)
         self._raw.read_into([(self.files.file_of(piece.name), piece.name) for piece in pieces], stored)
         return stored.reshape(len(pieces), *first.view).transpose(0, *(axis + 1 for axis in first.order))
 
@@ -132,7 +134,7 @@ class CheckpointReader:
         if (whole := self._read_whole([pieces[expert] for expert in expert_ids], index, dtype)) is not None:
             return whole
         # Filled expert by expert: the peak is the result plus one expert's slice.
-        stacked = np.empty((len(expert_ids), *(s.stop - s.start for s in index)), dtype)
+        stacked = self._buffers.empty((len(expert_ids), *(s.stop - s.start for s in index)), dtype)
         for row, expert in enumerate(expert_ids):
             stacked[row] = pieces[expert].read(self._expert_files, index)
         return stacked

@@ -1,0 +1,46 @@
+"""HostBuffers: memory for arrays that come and go, used again rather than asked of the kernel anew.
+
+Filling fresh pages costs more than reading into them: 400 MB arrays of a cached file came at 3.1 to 3.9 GB/s into new
+memory and at 4.9 to 6.6 GB/s into memory used before (two cores of a virtual machine).
+"""
+
+import math
+import mmap
+import threading
+import weakref
+
+import numpy as np
+
+SMALLEST = 16 << 20  # bytes: less is not worth keeping
+MOST_IDLE = 4  # buffers: one that is read into, one on its way to a device, as many of another size
+
+
+class HostBuffers:
+    """Makes uninitialised arrays whose memory returns here when the last view of them is gone."""
+
+    def __init__(self):
+        self._idle: list[mmap.mmap] = []
+        self._lock = threading.Lock()
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array as `numpy.empty` makes it, C contiguous."""
+        size = math.prod(shape) * dtype.itemsize
+        if size < SMALLEST:
+            return np.empty(shape, dtype)
+        memory = self._take(size)
+        # Every view of it, however made, keeps this array alive: the memory behind it is no array's.
+        array = np.frombuffer(memory, np.uint8)
+        weakref.finalize(array, self._idle.append, memory).atexit = False
+        return array.view(dtype).reshape(shape)
+
+    def _take(self, size: int) -> mmap.mmap:
+        with self._lock:  # others only append, at any moment
+            fitting = [i for i, memory in enumerate(self._idle) if len(memory) == size]
+            found = self._idle.pop(fitting[-1]) if fitting else None
+            del self._idle[:-MOST_IDLE]
+        if found is not None:
+            return found
+        memory = mmap.mmap(-1, size)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return memory

@@ -1,0 +1,62 @@
+"""HostBuffers: memory is used again once nobody can see it, and not before."""
+
+import gc
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jmoe.checkpoints import host_buffers
+from jmoe.checkpoints.host_buffers import HostBuffers
+
+SHAPE, BF16 = (4, 64, 32), np.dtype(ml_dtypes.bfloat16)
+
+
+@pytest.fixture
+def buffers(monkeypatch):
+    monkeypatch.setattr(host_buffers, "SMALLEST", 1024)
+    return HostBuffers()
+
+
+def address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def test_memory_returns_with_the_last_view(buffers):
+    array = buffers.empty(SHAPE, BF16)
+    assert array.shape == SHAPE and array.dtype == BF16 and array.flags.c_contiguous and array.flags.writeable
+    array[...] = 3
+    before, view = address(array), array.transpose(0, 2, 1)[1:]
+    del array
+    other = buffers.empty(SHAPE, BF16)
+    other[...] = 5
+    assert address(other) != before and (view == 3).all()
+    del view
+    assert address(buffers.empty(SHAPE, BF16)) == before
+
+
+def test_what_a_jax_array_may_share_is_not_used_again(buffers):
+    """On CPU a device array may be the host's memory itself."""
+    host = buffers.empty(SHAPE, BF16)
+    host[...] = 3
+    there = jax.block_until_ready(jax.device_put(host))
+    del host
+    for _ in range(3):
+        buffers.empty(SHAPE, BF16)[...] = 5
+    assert (np.asarray(there) == 3).all()
+
+
+def test_other_sizes_get_memory_of_their_own_and_few_are_kept(buffers):
+    held = [buffers.empty((n, 1024), BF16) for n in range(1, 8)]
+    assert len({address(a) for a in held}) == 7
+    known = {address(a) for a in held}
+    del held
+    gc.collect()
+    buffers.empty((9, 1024), BF16)
+    found = [buffers.empty((n, 1024), BF16) for n in range(1, 8)]
+    assert len(known & {address(a) for a in found}) <= host_buffers.MOST_IDLE + 1
+
+
+def test_small_arrays_are_numpys_own():
+    assert HostBuffers().empty((2, 3), BF16).base is None
