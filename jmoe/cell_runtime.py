@@ -71,6 +71,7 @@ class CellRuntime:
         self._abstract = AbstractCell(cell, self.mesh, role)
         self._empty = EmptyState(self._abstract, self.mesh, [device for _, device in self._local])
         self._programs: dict[Key, Program] = {}
+        self._file_names: dict[Key, str] = {}
         self._attention: dict[str, jax.Array] = {}
         self._experts: dict[str, jax.Array] = {}
         self._state: DeviceState | None = None
@@ -146,8 +147,9 @@ class CellRuntime:
         took_s = time.monotonic() - start
         if not missing:
             return f"{len(wanted)} compiled programs from the cache in {took_s:.1f} s{self._kernels(wanted)}"
-        traced = f"{lowered_s:.1f} s to trace them"
-        return f"compiled {len(missing)} of {len(wanted)} programs in {took_s:.1f} s ({traced}){self._kernels(wanted)}"
+        refused = self._files.refused if self._files is not None else []
+        why = f"{lowered_s:.1f} s to trace them" + (f"; on disk: {refused[-1]}" if refused else "")
+        return f"compiled {len(missing)} of {len(wanted)} programs in {took_s:.1f} s ({why}){self._kernels(wanted)}"
 
     def _kernels(self, wanted: Sequence[Key]) -> str:
         """Which kernels this process runs: logged and said once, later nothing."""
@@ -164,11 +166,13 @@ class CellRuntime:
     def _find(self, key: Key) -> Program | None:
         if self._files is None:
             return None
-        return load_program(self._files, program_key(self._abstract, key), self._abstract, key)
+        # Once, before anything is traced: a second start looks before it traces too, whatever tracing does to options.
+        self._file_names[key] = program_key(self._abstract, key)
+        return load_program(self._files, self._file_names[key], self._abstract, key)
 
     def _save(self, key: Key, program: jax.stages.Compiled) -> None:
         if self._files is not None:
-            save_program(self._files, program_key(self._abstract, key), program)
+            save_program(self._files, self._file_names[key], program)
 
     def run(self, key: Key, inputs: np.ndarray | None) -> dict[str, Any]:
         """Runs one call and waits for it; see `submit` and `collect`."""
@@ -236,8 +240,7 @@ class CellRuntime:
           would copy the KV cache) and returns the result over the joint mesh.
         """
         key: Key = ("decode", False)
-        each = on_each_device(function, self.mesh)
-        mapped = jax.jit(each, donate_argnums=(2,), compiler_options=COMPILER_OPTIONS)
+        mapped = jax.jit(on_each_device(function, self.mesh), donate_argnums=(2,), compiler_options=COMPILER_OPTIONS)
         compiled = mapped.lower(*self._arguments(key, inputs)).compile()
 
         def call():

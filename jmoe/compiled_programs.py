@@ -9,6 +9,7 @@ is an array over the joint mesh, in the order of the trees that `AbstractCell` d
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -23,6 +24,7 @@ from jmoe.lowering import AbstractCell, Key
 from jmoe.program_files import ProgramFiles
 from jmoe.sharding.mesh_config import AXIS
 
+logger = logging.getLogger(__name__)
 Program = Callable[..., Any]
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "jax-cuda12-plugin", "jax-cuda12-pjrt")
 _UNTRACED = {"serving", "planner", "checkpoints", "training", "__pycache__"}  # folders that no program depends on
@@ -44,7 +46,10 @@ def program_key(abstract: AbstractCell, key: Key) -> str:
         "flags": [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
         "config": _config(),
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    text = json.dumps(facts, sort_keys=True, default=str)
+    name = hashlib.sha256(text.encode()).hexdigest()
+    logger.debug("%s: %s", name, text)  # two starts that should have shared a program: compare these
+    return name
 
 
 def _version(name: str) -> str:

@@ -75,7 +75,8 @@ def test_a_damaged_or_foreign_program_is_compiled_again_with_a_warning(compiled,
     else:
         path.write_bytes(damaged)
     runtime = CellRuntime(CELL, jax.devices(), "inline", files)
-    assert runtime.compile(*KEYS).startswith("compiled 1 of 2 programs in ")
+    said = runtime.compile(*KEYS)
+    assert said.startswith("compiled 1 of 2 programs in ") and "; on disk: " in said
     assert f"{name}.program is compiled again" in caplog.text
     assert tokens_of(runtime) == tokens
 
