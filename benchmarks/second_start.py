@@ -92,8 +92,8 @@ def start(args: argparse.Namespace) -> None:
     rows = max(1, args.batch // (1 if mesh.colocated else 3 * mesh.attention))
     lanes = 1 if mesh.colocated else 3
     with jmoe.serve(
-        args.folder, mesh, rows=rows, chunk_len=args.chunk_len, max_len=args.max_len, page_len=16,
-        num_pages=1 + rows * lanes * -(-args.max_len // 16), compile_cache=args.cache,
+        args.folder, mesh, executor=args.executor, rows=rows, chunk_len=args.chunk_len, max_len=args.max_len,
+        page_len=16, num_pages=1 + rows * lanes * -(-args.max_len // 16), compile_cache=args.cache,
         progress=lambda line: print(f"SAYS {line}", flush=True),
     ) as server:  # fmt: skip
         print("READY", flush=True)
@@ -161,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=0, help="0: what 80 GB hold")
     parser.add_argument("--attention", type=int, default=1, help="with --expert")
     parser.add_argument("--expert", type=int, default=0, help="0: both roles on one device")
+    parser.add_argument("--executor", choices=["auto", "inline", "processes"], default="auto")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--chunk-len", type=int, default=512)
     parser.add_argument("--max-len", type=int, default=2048)
