@@ -86,7 +86,7 @@ def mesh_of(args: argparse.Namespace, num_micro_batches: int) -> MeshConfig:
     )  # fmt: skip
 
 
-Key = tuple[int, int, int]  # (tokens of a micro-batch, context, m)
+Case = tuple[int, int, int]  # (tokens of a micro-batch, context, m)
 
 
 class Sweep:
@@ -104,65 +104,65 @@ class Sweep:
 
         self.args, self.model, self.log, self._floors = args, model, log, floors
         wanted = itertools.product(args.tokens, args.contexts or [args.context], args.micro_batches)
-        self.cells = {key: cell_of(args, model, mesh_of(args, key[2]), key[0], key[1]) for key in wanted}
+        self.cells = {case: cell_of(args, model, mesh_of(args, case[2]), case[0], case[1]) for case in wanted}
         self.read = read_bandwidth(args.platform, None)
-        self.record: dict[Key, dict[str, Any]] = {}
+        self.record: dict[Case, dict[str, Any]] = {}
         self._table, self._against = [HEADER], [AGAINST]
         self._stages: dict[tuple[int, int], dict[str, float]] = {}
 
     def run(self) -> None:
         """Measures everything."""
         with ThreadPoolExecutor(8) as pool:
-            apart = {key: Measured(self.args, cell, pool) for key, cell in self.cells.items()}
-            beside = {key: Measured(self.args, self._beside(key), pool) for key in self._compared()}
+            apart = {case: Measured(self.args, cell, pool) for case, cell in self.cells.items()}
+            beside = {case: Measured(self.args, self._beside(case), pool) for case in self._compared()}
             weights = weights_of(next(iter(self.cells.values())))
             self.log("weights are there")
             for one in (*apart.values(), *beside.values()):
                 one.wait()  # a compiler beside it disturbs what is timed
-            for key, one in apart.items():
-                one.adopt(weights, key[1])
-                self._measure_apart(key, one)
+            for case, one in apart.items():
+                one.adopt(weights, case[1])
+                self._measure_apart(case, one)
             del weights
             weights = weights_of(next(iter(beside.values())).cell) if beside else ({}, {})
-            for key, one in beside.items():
-                one.adopt(weights, key[1])
-                self._measure_beside(key, one)
+            for case, one in beside.items():
+                one.adopt(weights, case[1])
+                self._measure_beside(case, one)
 
-    def _compared(self) -> list[Key]:
+    def _compared(self) -> list[Case]:
         return list(self.cells) if self.args.against_colocated else []
 
-    def _beside(self, key: Key) -> CellConfig:
+    def _beside(self, case: Case) -> CellConfig:
         """Both roles on each of the same devices, the same batch."""
-        cell = self.cells[key]
+        cell = self.cells[case]
         together = MeshConfig.colocate(cell.mesh.num_devices)
-        return cell_of(self.args, self.model, together, _share(cell, cell.mesh.num_devices), key[1])
+        return cell_of(self.args, self.model, together, _share(cell, cell.mesh.num_devices), case[1])
 
-    def _measure_apart(self, key: Key, one: Measured) -> None:
-        rows, context, m = key
+    def _measure_apart(self, case: Case, one: Measured) -> None:
+        rows, context, m = case
         result: dict[str, Any] = {"compile_s": one.wait()}
         result["step_s"], half_s = one.step_s(context)
         layers = len(one.cell.model.moe_layers) - len(one.runtimes[1].cell.model.moe_layers)
         result["tick_s"] = (result["step_s"] - half_s) / (layers * m)
-        self.log(f"{key}: {result['step_s'] * 1e3:.3f} ms a step")
-        if key[:2] not in self._stages:
+        self.log(f"{case}: {result['step_s'] * 1e3:.3f} ms a step")
+        if case[:2] not in self._stages:
             from jmoe.stage_timing import time_stages
 
-            self._stages[key[:2]] = dataclasses.asdict(time_stages(one.runtimes[0], context))
+            self._stages[case[:2]] = dataclasses.asdict(time_stages(one.runtimes[0], context))
             self.log("stages timed alone")
         self._look_closer(one.runtimes[0], context)
         one.close()
-        self.record[key] = {"tokens": rows, "context": context, "micro_batches": m, **self._stages[key[:2]], **result}
-        self._add_row("inline", key, result)
+        self.record[case] = {"tokens": rows, "context": context, "micro_batches": m, **self._stages[case[:2]], **result}
+        self._add_row("inline", case, result)
         if "processes" in self.args.executors:
             apart = in_processes(self.args, one.cell, context, result, self.log)
-            self.record[key]["processes"] = apart
-            self._add_row("processes", key, apart)
+            self.record[case]["processes"] = apart
+            self._add_row("processes", case, apart)
         print("\n".join(self._table), flush=True)
 
-    def _add_row(self, executor: str, key: Key, result: dict[str, Any]) -> None:
-        cell, context = self.cells[key], key[1]
+    def _add_row(self, executor: str, case: Case, result: dict[str, Any]) -> None:
+        cell, context = self.cells[case], case[1]
         floor_s = max(self._floors(cell, context)) / self.read
-        self._table.append(row_of(executor, cell, context, self._stages[key[:2]], result, floor_s))
+        self._table.append(row_of(executor, cell, context, self._stages[case[:2]], result, floor_s))
 
     def _look_closer(self, runtime: Any, context: int) -> None:
         """A tick's kernels, a soak: where they were asked for."""
@@ -178,14 +178,14 @@ class Sweep:
 
             soak(runtime, context, self.args.soak_s, self.log)
 
-    def _measure_beside(self, key: Key, one: Measured) -> None:
-        step_s = self.record[key]["step_s"]
-        (colocated_s,) = one.step_s(key[1])
+    def _measure_beside(self, case: Case, one: Measured) -> None:
+        step_s = self.record[case]["step_s"]
+        (colocated_s,) = one.step_s(case[1])
         one.close()
-        planned, planned_colocated = planned_steps(self.cells[key], key[1])
-        self.record[key] |= {"colocated_step_s": colocated_s, "planned": [planned, planned_colocated]}
+        planned, planned_colocated = planned_steps(self.cells[case], case[1])
+        self.record[case] |= {"colocated_step_s": colocated_s, "planned": [planned, planned_colocated]}
         self._against.append(
-            f"{one.cell.mesh.attention * one.cell.rows:>6} {key[1]:>5} {step_s * 1e3:>8.3f} {planned * 1e3:>8.3f} "
+            f"{one.cell.mesh.attention * one.cell.rows:>6} {case[1]:>5} {step_s * 1e3:>8.3f} {planned * 1e3:>8.3f} "
             f"{100 * (planned / step_s - 1):>+6.1f} {colocated_s * 1e3:>12.3f} {planned_colocated * 1e3:>8.3f} "
             f"{100 * (planned_colocated / colocated_s - 1):>+6.1f} {colocated_s / step_s:>26.3f} "
             f"{planned_colocated / planned:>8.3f}"
@@ -200,8 +200,9 @@ def measure(args: argparse.Namespace, models: dict[str, ModelConfig], floors: Ca
 
     mesh = mesh_of(args, args.micro_batches[0])
     choose_transport(mesh, args.platform, "inline")  # ValueError where rows can't be pushed
-    if args.platform == "cpu":
-        args.executors = []  # rows can't be pushed between processes there
+    if args.platform == "cpu" and args.executors:
+        log(f"without {', '.join(args.executors)}: on CPU rows can't be pushed between processes")
+        args.executors = []
     start_jax(args.platform, mesh.num_devices)
     from decode_step_colocated import LAYERS
     from device_time import where

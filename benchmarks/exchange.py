@@ -4,15 +4,15 @@
     python benchmarks/exchange.py --attention 1 --expert 3          # more GPUs of one host, in any ratio
     python benchmarks/exchange.py --attention 3 --expert 5 --platform cpu --sizes 32   # what CPU devices can run of it
     python benchmarks/exchange.py --sizes 128,2048 --who push,nccl  # KiB; a short run
-    srun python benchmarks/exchange.py --who nccl --coordinator HOST:PORT      # several hosts, one process a GPU,
-    srun python benchmarks/exchange.py --who ppermute --coordinator HOST:PORT  # one family of peers a command
+    srun -n 2 python benchmarks/exchange.py --who nccl --coordinator HOST:PORT      # several hosts, M + N processes,
+    srun -n 2 python benchmarks/exchange.py --who ppermute --coordinator HOST:PORT  # one family of peers a command
 
-A line each: who, pattern, routing, bytes of hidden vectors that a pair needs, time of one hop, and bytes a second
-of the busiest device, one way: a message's for each of its peers. `half_rtt` is half of a
-ping-pong, so it includes the signal, its wait and a kernel's start; in `one_way` and `two_way` messages follow each
-other. Routed cases draw a top-k on the device (uniform, or with Zipf(1) expert popularity), gather the rows of the
-first node of --nodes by index, and carry expert ids and weights; plain rows carry nothing else. `sent/needed` is bytes
-moved over bytes of the rows that the routing needs: a padded transport moves the worst case.
+A line each: who, pattern, routing, bytes of hidden vectors that a pair needs, time of one hop, and bytes a second of
+the busiest device, one way: a message's for each of its peers. `half_rtt` is half of a ping-pong, so it includes the
+signal, its wait and a kernel's start; in `one_way` and `two_way` messages follow each other. Routed cases draw a top-k
+on the device (uniform, or with Zipf(1) expert popularity), gather the rows of the first node of --nodes by index, and
+carry expert ids and weights; plain rows carry nothing else. `sent/needed` is bytes moved over bytes of the rows that
+the routing needs: a padded transport moves the worst case.
 
 Peers that need NCCL's flags take them from the environment. NVLink multicast is never used.
 """
@@ -97,13 +97,11 @@ def _spawn(arguments: argparse.Namespace, group: tuple[str, ...]) -> list[dict[s
 
 
 def _run_rank(arguments: argparse.Namespace) -> None:
-    if arguments.platform == "cpu":
-        os.environ["JAX_PLATFORMS"] = "cpu"
-    groups = _groups(_who(arguments))
+    who = _who(arguments)
+    groups = _groups(who)
     if len(groups) != 1:
-        raise SystemExit(
-            f"--who: expected one of push, {','.join(TORCH)} or {','.join(XLA)} a rank, got {arguments.who}"
-        )
+        one_of = f"one of push, {','.join(TORCH)} or {','.join(XLA)}"
+        raise SystemExit(f"--who: expected {one_of} a rank, got {','.join(who)}")
     [group] = groups
     cases = _cases(arguments)
     if group[0] in ("push", "push_processes"):
@@ -111,6 +109,8 @@ def _run_rank(arguments: argparse.Namespace) -> None:
         return
     plain = [_payload(case, arguments) for case in cases]
     sizes = arguments.attention, arguments.expert
+    if arguments.num_ranks != sum(sizes):
+        raise SystemExit(f"expected as many ranks as --attention + --expert = {sum(sizes)}, got {arguments.num_ranks}")
     if group[0] in TORCH:
         import exchange_peers
 
@@ -125,16 +125,14 @@ def _run_push(arguments: argparse.Namespace, who: str, cases: list[Any]) -> None
     """All devices in this process, or one of them."""
     import concurrent.futures
 
-    from jmoe.serving.executors.inline import start_jax
-
-    devices = start_jax(arguments.platform, arguments.attention + arguments.expert)
     from exchange_push import PushCase
 
+    from jmoe.serving.executors.inline import start_jax
     from jmoe.sharding.mailboxes import Mailboxes
     from jmoe.sharding.mesh_config import MeshConfig
 
     mesh = MeshConfig(arguments.attention, arguments.expert, num_micro_batches=3)
-    devices = list(enumerate(devices[: mesh.num_devices]))
+    devices = list(enumerate(start_jax(arguments.platform, mesh.num_devices)[: mesh.num_devices]))
     if who == "push_processes":
         devices = [devices[arguments.rank]]
     guest = Guest(arguments.rank, _address(arguments.meeting))

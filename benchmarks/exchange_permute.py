@@ -21,6 +21,7 @@ def main(
     import jax
 
     if platform == "cpu":
+        jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 1)
     if sum(sizes) > 1:
         local = [rank % _local_gpus()] if platform == "gpu" else None

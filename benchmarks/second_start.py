@@ -26,13 +26,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from decode_step import MODELS
+from decode_step_colocated import LAYERS
 
 from jmoe.checkpoints.hf_names import name_maps
 from jmoe.checkpoints.save import save_hf
 from jmoe.config import ModelConfig
 from jmoe.sharding.mesh_config import MeshConfig
 
-LAYERS = {"qwen3-30b-a3b": 12, "mixtral-8x7b": 8, "tiny": 2}
 CHUNK = 16 << 20  # bytes of one read
 HEADER = f"{'start':>7} {'ready s':>8} {'token s':>8} {'reading s':>9} {'allowed s':>9} {'GB':>6}  programs"
 
@@ -89,11 +89,10 @@ def start(args: argparse.Namespace) -> None:
     import jmoe
 
     mesh = MeshConfig.colocate(1) if not args.expert else MeshConfig(args.attention, args.expert, 3)
-    rows = max(1, args.batch // (1 if mesh.colocated else 3 * mesh.attention))
-    lanes = 1 if mesh.colocated else 3
+    rows = max(1, args.batch // (mesh.attention * mesh.num_micro_batches))
     with jmoe.serve(
         args.folder, mesh, executor=args.executor, rows=rows, chunk_len=args.chunk_len, max_len=args.max_len,
-        page_len=16, num_pages=1 + rows * lanes * -(-args.max_len // 16), compile_cache=args.cache,
+        page_len=16, num_pages=1 + rows * mesh.num_micro_batches * -(-args.max_len // 16), compile_cache=args.cache,
         progress=lambda line: print(f"SAYS {line}", flush=True),
     ) as server:  # fmt: skip
         print("READY", flush=True)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -60,14 +61,13 @@ def mesh_of(args: argparse.Namespace, ratio: str) -> MeshConfig:
     )  # fmt: skip
 
 
-def make(args: argparse.Namespace) -> None:
-    """Saves the model's checkpoint."""
+def save_model(folder: str, config: ModelConfig) -> None:
+    """Saves a random model."""
     from flax import nnx
 
     from jmoe.checkpoints.save import save_hf
     from jmoe.models.model import Model
 
-    config = model_of(args)
     model = Model(config, nnx.Rngs(0))
     # Residual branches of 0.3 of the stream, as trained models have them: at 1 a near tie in the router, which bf16
     # breaks either way, moves the logits by more than the tolerance, and the comparison would measure luck.
@@ -75,7 +75,36 @@ def make(args: argparse.Namespace) -> None:
         layer.o_proj[...] = layer.o_proj[...] * 0.3
     for layer in model.experts.layers:
         layer.down_proj[...] = layer.down_proj[...] * 0.3
-    save_hf(args.folder, config, *model.arrays_by_path())
+    save_hf(folder, config, *model.arrays_by_path())
+
+
+def reference_of(folder: str) -> Callable[[list[int]], np.ndarray]:
+    """tokens -> logits `[len(tokens), vocab]` of the saved model, in float32 on one device."""
+    import jax
+    import jax.numpy as jnp
+
+    from jmoe.checkpoints.load import CheckpointReader
+    from jmoe.models.model import Model, array_specs, reference_forward
+
+    config = dataclasses.replace(ModelConfig.from_hf(folder), dtype="float32")
+    reader = CheckpointReader(folder, config)
+    parts = zip(("attention", "expert"), array_specs(config), strict=True)
+    arrays = [{path: jnp.asarray(reader.read(role, path)) for path in specs} for role, specs in parts]
+    model = Model.from_arrays(config, *arrays)
+    forward = jax.jit(lambda tokens: reference_forward(model, tokens)[0])
+
+    def logits(tokens: list[int]) -> np.ndarray:
+        padded = np.zeros((1, MAX_LEN), np.int32)  # what stands behind changes nothing: attention is causal
+        padded[0, : len(tokens)] = tokens
+        return np.asarray(forward(padded))[0, : len(tokens)]
+
+    return logits
+
+
+def make(args: argparse.Namespace) -> None:
+    """Saves the model that `--stage serve` and `check` read."""
+    save_model(args.folder, model_of(args))
+    print("RESULT true", flush=True)
 
 
 def prompts_of(args: argparse.Namespace) -> list[list[int]]:
@@ -103,25 +132,12 @@ def serve(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Reads the cases' tokens; prints for each [equal to the reference's, within tolerance, all] choices as JSON."""
-    import jax
-    import jax.numpy as jnp
-
-    from jmoe.checkpoints.load import CheckpointReader
-    from jmoe.models.model import Model, array_specs, reference_forward
-
-    config = dataclasses.replace(ModelConfig.from_hf(args.folder), dtype="float32")
-    reader = CheckpointReader(args.folder, config)
-    parts = zip(("attention", "expert"), array_specs(config), strict=True)
-    arrays = [{path: jnp.asarray(reader.read(role, path)) for path in specs} for role, specs in parts]
-    model = Model.from_arrays(config, *arrays)
-    forward = jax.jit(lambda tokens: reference_forward(model, tokens)[0])
+    reference = reference_of(args.folder)
     counts = []
     for runs in json.load(sys.stdin):
         equal = allowed = total = 0
         for prompt, tokens in zip(prompts_of(args), runs[0], strict=True):
-            padded = np.zeros((1, MAX_LEN), np.int32)
-            padded[0, : len(prompt) + len(tokens)] = prompt + tokens
-            logits = np.asarray(forward(padded))[0, len(prompt) - 1 : len(prompt) + len(tokens) - 1]
+            logits = reference(prompt + tokens)[len(prompt) - 1 : -1]
             best, chosen = logits.max(axis=1), logits[np.arange(len(tokens)), tokens]
             equal += int((logits.argmax(axis=1) == tokens).sum())
             allowed += int((chosen >= best - TOLERANCE * np.abs(best)).sum())
@@ -138,7 +154,8 @@ def main() -> int:
         return 0
     cases = [(ratio, executor) for ratio in args.ratios for executor in args.executors]
     with tempfile.TemporaryDirectory() as folder:
-        _child(args, folder, "make", platform="cpu")
+        if not _child(args, folder, "make", platform="cpu"):
+            return 1
         served = []
         for ratio, executor in cases:
             _log(f"{ratio}, {executor}")

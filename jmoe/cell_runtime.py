@@ -142,13 +142,15 @@ class CellRuntime:
             lowered_s = time.monotonic() - start
             compiled = list(pool.map(jax.stages.Lowered.compile, lowered))
             for key, program in zip(missing, compiled, strict=True):
-                self._save(key, program)
+                if self._files is not None:
+                    save_program(self._files, self._file_names[key], program)
         self._programs |= {k: p for k, p in found.items() if p is not None} | dict(zip(missing, compiled, strict=True))
         took_s = time.monotonic() - start
         if not missing:
             return f"{len(wanted)} compiled programs from the cache in {took_s:.1f} s{self._kernels(wanted)}"
-        refused = self._files.refused if self._files is not None else []
-        why = f"{lowered_s:.1f} s to trace them" + (f"; on disk: {refused[-1]}" if refused else "")
+        refused = self._files.refused if self._files is not None else {}
+        reasons = {why for key in missing if (why := refused.get(self._file_names.get(key, "")))}
+        why = "; on disk: ".join([f"{lowered_s:.1f} s to trace them", *sorted(reasons)])
         return f"compiled {len(missing)} of {len(wanted)} programs in {took_s:.1f} s ({why}){self._kernels(wanted)}"
 
     def _kernels(self, wanted: Sequence[Key]) -> str:
@@ -169,10 +171,6 @@ class CellRuntime:
         # Once, before anything is traced: a second start looks before it traces too, whatever tracing does to options.
         self._file_names[key] = program_key(self._abstract, key)
         return load_program(self._files, self._file_names[key], self._abstract, key)
-
-    def _save(self, key: Key, program: jax.stages.Compiled) -> None:
-        if self._files is not None:
-            save_program(self._files, self._file_names[key], program)
 
     def run(self, key: Key, inputs: np.ndarray | None) -> dict[str, Any]:
         """Runs one call and waits for it; see `submit` and `collect`."""

@@ -143,5 +143,5 @@ def _put(array: np.ndarray | jax.Array, device: jax.Device) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _transpose(array: jax.Array, order: tuple[int, ...]) -> jax.Array:
-    """With the leading axis here: before it, XLA's CPU form took 4 times as long."""
+    """The leading axis comes last: before it, XLA on CPU took 4.4 s for 0.9 GB of bfloat16, not 0.9 to 1.3."""
     return array.transpose(order)[None]

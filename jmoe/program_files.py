@@ -36,7 +36,7 @@ class ProgramFiles:
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int = MAX_BYTES):
         self.folder = pathlib.Path(folder).expanduser()
         self.max_bytes = max_bytes
-        self.refused: list[str] = []  # why programs that were there could not be used
+        self.refused: dict[str, str] = {}  # by key: why a program that was there could not be used
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = self.folder.stat()
         is_own = not hasattr(os, "getuid") or status.st_uid == os.getuid()
@@ -72,7 +72,7 @@ class ProgramFiles:
     def remove(self, key: str, why: str) -> None:
         """Takes a program out that can't be used."""
         _log.warning("compile cache: %s is compiled again: %s", self._path(key), why)
-        self.refused.append(why)
+        self.refused[key] = why
         self._path(key).unlink(missing_ok=True)
 
     def _path(self, key: str) -> pathlib.Path:

@@ -131,11 +131,11 @@ class Multiplier:
 
         def step(k, state):
             slot = lax.rem(item.step + k, stages)
-            totals, found_factors = list(state[0]), state[1]
+            totals, ahead = list(state[0]), state[1]
             for n in range(in_stage):
-                by_row, *by_block = found_factors
+                by_row, *by_block = ahead
                 # Asked for 128 terms before they are needed.
-                found_factors = factors(jnp.minimum(k * in_stage + n + 1, self.steps * in_stage - 1))
+                ahead = factors(jnp.minimum(k * in_stage + n + 1, self.steps * in_stage - 1))
                 if n == 0:
                     plgpu.barrier_wait(self.full.at[slot])
                 for start in range(0, len(sums), at_once):
@@ -144,7 +144,7 @@ class Multiplier:
                         plgpu.barrier_arrive(self.free.at[slot])
                     for i, product_sum in enumerate(found, start):
                         totals[i] += product_sum * lax.broadcast_in_dim(by_row * by_block[i], size, (1,))
-            return tuple(totals), found_factors
+            return tuple(totals), ahead
 
         none = plgpu.layout_cast(jnp.zeros(size, jnp.float32), LAYOUT)
         return lax.fori_loop(0, self.steps, step, ((none,) * len(sums), factors(0)))[0]

@@ -65,6 +65,22 @@ def test_a_second_start_compiles_nothing_and_makes_the_same_tokens(compiled, mon
     assert tokens_of(runtime) == tokens, "a state that was given away is not used again"
 
 
+def test_what_tracing_does_to_options_does_not_hide_a_program(tmp_path, monkeypatch):
+    """A second start looks before it has traced anything, so that is when the first must have taken the name."""
+    options = {"traced": False}
+    monkeypatch.setattr(compiled_programs, "_config", lambda: dict(options))
+
+    def trace(*args):
+        options["traced"] = True
+        return lower_program(*args)
+
+    monkeypatch.setattr("jmoe.cell_runtime.lower_program", trace)
+    for said in ("compiled 1 of 1 programs in ", "1 compiled programs from the cache in "):
+        options["traced"] = False
+        runtime = CellRuntime(CELL, jax.devices(), "inline", ProgramFiles(tmp_path))
+        assert runtime.compile(KEYS[0]).startswith(said)
+
+
 @pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: None])
 def test_a_damaged_or_foreign_program_is_compiled_again_with_a_warning(compiled, caplog, damage):
     files, _, tokens = compiled
@@ -79,6 +95,7 @@ def test_a_damaged_or_foreign_program_is_compiled_again_with_a_warning(compiled,
     assert said.startswith("compiled 1 of 2 programs in ") and "; on disk: " in said
     assert f"{name}.program is compiled again" in caplog.text
     assert tokens_of(runtime) == tokens
+    assert "; on disk: " not in runtime.compile(("prefill", True)), "of another program nothing was on disk"
 
 
 def test_the_key_says_all_that_a_program_depends_on(monkeypatch):

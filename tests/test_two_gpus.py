@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ from jmoe.step_inputs import StepInputs
 
 pytestmark = pytest.mark.gpu
 
+ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = dataclasses.replace(
     AWKWARD, vocab_size=1031, hidden_size=256, head_dim=64, expert_ffn_size=192, dense_ffn_size=256, dtype="bfloat16"
 )
@@ -28,26 +30,13 @@ EXECUTORS = [(kind, transport) for kind in ("inline", "processes") for transport
 
 REFERENCE = """
 import json, sys
-import jax, jax.numpy as jnp, numpy as np
-from jmoe.checkpoints.load import CheckpointReader
-from jmoe.config import ModelConfig
-from jmoe.models.model import Model, array_specs, reference_forward
-import dataclasses
+from tokens_equal import reference_of
 folder, num_tokens = sys.argv[1], int(sys.argv[2])
-config = dataclasses.replace(ModelConfig.from_hf(folder), dtype="float32")
-reader = CheckpointReader(folder, config)
-specs = array_specs(config)
-arrays = [{path: jnp.asarray(reader.read(role, path)) for path in spec}
-          for role, spec in zip(("attention", "expert"), specs)]
-model = Model.from_arrays(config, *arrays)
-forward = jax.jit(lambda tokens: reference_forward(model, tokens)[0])
-out = []
+reference, out = reference_of(folder), []
 for prompt in json.load(sys.stdin):
     tokens, rows = list(prompt), []
     for _ in range(num_tokens):
-        padded = np.zeros((1, 64), np.int32)
-        padded[0, :len(tokens)] = tokens
-        logits = np.asarray(forward(padded))[0, len(tokens) - 1]
+        logits = reference(tokens)[-1]
         rows.append(logits.tolist())
         tokens.append(int(logits.argmax()))
     out.append({"tokens": tokens[len(prompt):], "logits": rows})
@@ -56,27 +45,18 @@ json.dump(out, sys.stdout)
 
 MAKE = """
 import sys, json
-from flax import nnx
 from jmoe.config import ModelConfig
-from jmoe.checkpoints.save import save_hf
-from jmoe.models.model import Model
+from tokens_equal import save_model
 data = json.load(sys.stdin)
 data["dense_layers"], data["eos_token_ids"] = tuple(data["dense_layers"]), tuple(data["eos_token_ids"])
-config = ModelConfig(**data)
-model = Model(config, nnx.Rngs(0))
-# Residual branches of 0.3 of the stream, as trained models have them: at 1 a near tie in the router, which bf16 breaks
-# either way, moves the logits by more than the tolerance, and the comparison would measure luck.
-for layer in model.attention.layers:
-    layer.o_proj[...] = layer.o_proj[...] * 0.3
-for layer in model.experts.layers:
-    layer.down_proj[...] = layer.down_proj[...] * 0.3
-save_hf(sys.argv[1], config, *model.arrays_by_path())
+save_model(sys.argv[1], ModelConfig(**data))
 """
 
 
 def _python(code: str, *argv: str, given) -> str:
     """Runs code in a process of its own on the CPU, so that this process's GPUs stay free."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks")))
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path + os.pathsep + os.environ.get("PYTHONPATH", "")}
     done = subprocess.run(
         [sys.executable, "-c", code, *argv],
         input=json.dumps(given), capture_output=True, text=True, timeout=300, env=env,

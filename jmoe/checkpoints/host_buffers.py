@@ -1,7 +1,7 @@
 """HostBuffers: memory for arrays that come and go, used again rather than asked of the kernel anew.
 
-Filling fresh pages costs more than reading into them: 400 MB arrays of a cached file came at 3.1 to 3.9 GB/s into new
-memory and at 4.9 to 6.6 GB/s into memory used before (two cores of a virtual machine).
+Fresh pages cost more than the bytes that are read into them: arrays of 400 MB came out of the page cache at 1.8 to 2.4
+GB/s into new memory and at 4.3 to 4.9 GB/s into memory used before (four threads, two busy cores of a virtual machine).
 """
 
 import math

@@ -105,8 +105,9 @@ class CheckpointReader:
         return self._stack(path, expert_ids, _resolve(path, pieces[0].shape, index))
 
     def close(self) -> None:
-        """Unmaps the files, whose pages count as this process's memory; a later read maps them again."""
+        """Unmaps the files, whose pages count as this process's memory, and lets idle memory go; one may read again."""
         self.files.close()
+        self._buffers = HostBuffers()
 
     def _read_whole(self, pieces: Sequence[Piece], index: Index, dtype: np.dtype) -> np.ndarray | None:
         """`[pieces, ...]`, read as it is stored and turned by strides alone; None if something is cut or cast."""
