@@ -189,6 +189,7 @@ def main(argv: Sequence[str] | None = None, around: Callable[[], Any] | None = N
     parser.add_argument("--colocated", action="store_true", help="both roles on one device, and nothing of the rest")
     parser.add_argument("--page-len", type=int, default=16, help="colocated: tokens of a KV page")
     parser.add_argument("--kernels", action="store_true", help="colocated, on a GPU: every kernel of a step")
+    parser.add_argument("--layer", choices=["auto", "xla", "pallas"], default="auto", help="colocated: its kernels")
     parser.add_argument("--no-stages", dest="stages", action="store_false", help="colocated: the step alone")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[3, 4])
     parser.add_argument("--transport", choices=["ppermute", "push"], default="ppermute", help="push: roles apart")

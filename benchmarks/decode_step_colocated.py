@@ -30,7 +30,7 @@ def cell_of(args: argparse.Namespace, model: ModelConfig, rows: int) -> CellConf
     max_pages = -(-(args.context + MANY + 1) // args.page_len)
     return CellConfig(
         model, MeshConfig.colocate(1).resolve(model.num_experts), rows=rows, chunk_len=16, num_steps=FEW,
-        page_len=args.page_len, num_pages=1 + rows * max_pages, max_len=max_pages * args.page_len,
+        page_len=args.page_len, num_pages=1 + rows * max_pages, max_len=max_pages * args.page_len, kernels=args.layer,
     )  # fmt: skip
 
 
