@@ -23,6 +23,7 @@ LAYOUT = plgpu.Layout.WGMMA
 TURNED = plgpu.Layout.WGMMA_TRANSPOSED  # the same, by columns: what is stored transposed
 BYTES = plgpu.Layout.WGMMA_UPCAST_2X  # of 8-bit elements that will be 16-bit ones in LAYOUT
 BY_HEAD = LAYOUT.reduce(0)
+AT_ONCE = 4  # partial results of a KV head's 8 query heads on their way: 48 registers; half as many of 16
 
 
 def _down(vector, length):
@@ -115,14 +116,20 @@ def body_of(shape: Decode):
                 return acc, m_new, total * old + total_i * new
 
             def merge(row, cover):
-                """All pieces of a row, in order, the next on its way while one is added."""
-                count = shape.cut(mine.bounds(row)[2])[0]
+                """All pieces of a row, in order; some on their way together, as each takes a microsecond to come."""
+                count, at_once = shape.cut(mine.bounds(row)[2])[0], AT_ONCE * 8 // n
 
-                def step(i, carry):
-                    return add(*carry), partial(row, jnp.minimum(i + 1, count - 1))
+                def step(i, found):
+                    first = cover + i * at_once
+                    together = [partial(row, jnp.minimum(first + j, count - 1)) for j in range(at_once)]
+                    for j, piece in enumerate(together):
+                        more = add(found, piece)
+                        there = first + j < count
+                        found = tuple(jnp.where(there, new, old) for new, old in zip(more, found, strict=True))
+                    return found
 
-                both = partial(row, jnp.int32(0)), partial(row, cover)
-                write(row, *lax.fori_loop(cover, count, step, both)[0])
+                rounds = lax.div(count - cover + (at_once - 1), jnp.int32(at_once))
+                write(row, *lax.fori_loop(0, rounds, step, partial(row, jnp.int32(0))))
 
             def meet():
                 """At the end, when nothing else waits: counts what this stream left of the rows at its range's ends."""

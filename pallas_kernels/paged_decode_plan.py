@@ -23,7 +23,7 @@ TILE_UNITS = 4  # 64 tokens: wgmma's M
 TILE = UNIT * TILE_UNITS
 MASKED = -1e30
 SHORTEST = 128 // UNIT  # units of a piece
-PIECES = 64  # bound of a row's pieces, as a word holds a row and a piece of it
+PIECES = 32  # bound of a row's pieces: more would share out more evenly, and take longer to add up
 MAX_PARTIALS = 1 << 15  # partial results that there is room for: 4 KB each
 
 

@@ -6,9 +6,9 @@ the call's sizes, never from the other rows: a merge adds parts up, and where th
 
 Long chunks: items are ordered by sequence, KV head and query block (longest first). Whole items are dealt to the thread
 blocks in waves, so that blocks that run together read the same keys; as many waves as leave no block with more than its
-equal share of all tiles. What remains lies on one line of tiles and is cut where each block's share is full. The block
-whose share ends inside an item does its beginning first, and hands its state on, bit for bit, to the block that does
-the rest last: such a cut changes no result. No block has more tiles than any other.
+equal share of all tiles, but one. What remains lies on one line of tiles and is cut where each block's share is full.
+The block whose share ends inside an item does its beginning first, and hands its state on, bit for bit, to the block
+that does the rest last: such a cut changes no result. No block has more tiles than any other.
 
 Short chunks (one block of queries a row) are bound by reading: the items of all head blocks at the same keys go to a
 team of as many thread blocks, which walk the same pieces side by side and so read neighbouring bytes of the same pages
@@ -203,7 +203,9 @@ def _shares(work: jax.Array, num_blocks: int, wave: int) -> jax.Array:
     if wave:
         loads = jnp.cumsum(jnp.pad(work, (0, -max_items % wave)).reshape(-1, wave), axis=0)
         fits = jnp.sum(loads.max(1) <= share, dtype=jnp.int32)
-        num_waves = jnp.minimum(fits, jnp.sum(work > 0, dtype=jnp.int32) // wave)
+        # One wave less than fits: a block's part of the line is then longer than most items, so that few of these span
+        # three blocks. The third of them would wait for the second, which has to wait for the first.
+        num_waves = jnp.maximum(jnp.minimum(fits, jnp.sum(work > 0, dtype=jnp.int32) // wave) - 1, 0)
         load = jnp.where(num_waves > 0, loads[jnp.maximum(num_waves - 1, 0)], 0)
     ends = jnp.cumsum(work)  # tiles up to each item's end, on the line of all
     origin = jnp.sum(jnp.where(jnp.arange(max_items) < num_waves * num_blocks, work, 0))

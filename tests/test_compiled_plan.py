@@ -100,7 +100,7 @@ def test_plan_of_a_colocated_cell_on_hopper(imaginary_mesh, monkeypatch):
     """The few kernels: none that only adds partial sums up, and no weight copied or joined with another."""
     monkeypatch.setattr(choice, "has_hopper", lambda: True)
     cell = cell_on(MeshConfig.colocate(1))
-    cell = dataclasses.replace(cell, model=dataclasses.replace(MODEL, num_layers=3), kernels="pallas")
+    cell = dataclasses.replace(cell, model=dataclasses.replace(MODEL, num_layers=3))
     devices = Mesh(imaginary_mesh.devices[:1], (AXIS,))
     text = lower_program(cell, devices, "colocated", ("decode", False)).compile().as_text()
     assert not faults(text, forbidden_sizes(cell, devices))
