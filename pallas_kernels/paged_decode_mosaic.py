@@ -6,7 +6,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels import paged_decode_plan as planning
 from jmoe.pallas_kernels.paged_decode_body import LOG2E, body_of
-from jmoe.pallas_kernels.paged_decode_plan import MASKED, TILE, TILE_UNITS, Decode
+from jmoe.pallas_kernels.paged_decode_plan import MASKED, SHORTEST, TILE, TILE_UNITS, Decode
 from jmoe.pallas_kernels.paged_decode_share import WORDS, num_counters
 
 # Of pages under way in a stream, two streams an SM: 17 MB in all. 96 KB were slower in every case tried (0.5 to 2 %):
@@ -16,7 +16,8 @@ RING_BYTES = 64 * 1024
 
 def paged_decode(
     q, k_pages, v_pages, page_table, start_pos, num_tokens, sinks, k_scale, v_scale, *,
-    sliding_window=None, logit_soft_cap=None, num_sms=132, stages=None, num_streams=None, interpret=False,
+    sliding_window=None, logit_soft_cap=None, num_sms=132, stages=None, num_streams=None, shortest=SHORTEST,
+    interpret=False,
 ):  # fmt: skip
     """See `paged_attention`.
 
@@ -30,6 +31,7 @@ def paged_decode(
       k_scale, v_scale: float32 scalars.
       num_sms: of the GPU.
       stages, num_streams: tiles on their way in a stream, and streams; None for what fits.
+      shortest: tokens of a piece, at least.
       interpret: run by the interpreter, which has no atomics: what streams share is merged in XLA.
 
     Returns:
@@ -43,7 +45,7 @@ def paged_decode(
     shape = Decode(
         rows, num_heads, num_kv_heads, head_dim, page_len, page_table.shape[1], of_head * num_kv_heads,
         stages or 2 * RING_BYTES // per_sm // tile_bytes, sliding_window, logit_soft_cap, k_pages.dtype, q.dtype,
-        interpret,
+        interpret, shortest,
     )  # fmt: skip
     flat = q.reshape(rows * num_heads, head_dim)
     flat = jnp.pad(flat, ((0, shape.flat_rows - rows * num_heads), (0, 0)))

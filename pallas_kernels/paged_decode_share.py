@@ -6,13 +6,13 @@ the stream that ends last wipes them. A fill by XLA would be a kernel of its own
 """
 
 from jmoe.pallas_kernels import simt, simt_marks
-from jmoe.pallas_kernels.paged_decode_plan import PIECES, SHORTEST, TILE_UNITS, UNIT, Decode
+from jmoe.pallas_kernels.paged_decode_plan import PIECES, SPARE, TILE_UNITS, UNIT, Decode
 from jmoe.pallas_kernels.simt import WARP, Pointer, Word
 
 THREADS = 128
 # Words of a warpgroup: begin and end of its range as row * PIECES + piece; what `arrive_program` found of the row that
-# the range begins in and of the one that it ends in; sums of the warps; numbers that `keep_words` spares registers.
-BEGIN, END, BEFORE, COVER, SUMS, KEPT, WORDS = 0, 1, 2, 4, 8, 16, 32
+# the range begins in and of the one that it ends in; sums and maxima of the warps; what `keep_words` spares registers.
+BEGIN, END, BEFORE, COVER, SUMS, LONGEST, KEPT, WORDS = 0, 1, 2, 4, 8, 12, 16, 32
 # Of a head's counters, behind the marks: streams that ended; pieces of each row that are there; and how many of them
 # are in the row's first partial result.
 DONE, ARRIVED = 2, 4
@@ -41,8 +41,13 @@ def plan_program(shape: Decode, with_tokens: bool):
         tiles = [(thread * per_thread + i < rows).select(_ceil(units, TILE_UNITS), 0) for i, units in enumerate(mine)]
         total = sum(tiles[1:], start=tiles[0])
         before = simt.warp_sum_before(total, lane)
+        longest = tiles[0]
+        for count in tiles[1:]:
+            longest = _larger(longest, count)
+        longest = simt.warp_largest(longest)
         with simt.when(lane.equals(WARP - 1)):
             words.store(warp + SUMS, before + total)
+            words.store(warp + LONGEST, longest)
         with simt.when(thread.equals(0)):
             words.store(BEGIN, rows * PIECES)
             words.store(END, rows * PIECES)
@@ -50,7 +55,11 @@ def plan_program(shape: Decode, with_tokens: bool):
         sums = [words.load(SUMS + w) for w in range(THREADS // WARP)]
         for w, tiles_of_warp in enumerate(sums):
             before = before + (warp < w + 1).select(0, tiles_of_warp)
+        for w in range(THREADS // WARP):
+            longest = _larger(longest, words.load(LONGEST + w))
         share = _ceil(sum(sums[1:], start=sums[0]), shape.ranges)
+        whole = _ceil(share, longest) * longest
+        share = (whole < share + share // SPARE + 1).select(whole, share)
         first = simt.block() // shape.num_kv_heads * share
         for i, (units, count) in enumerate(zip(mine, tiles, strict=True)):
             for word, position in ((BEGIN, first), (END, first + share)):
@@ -72,11 +81,15 @@ def _num_units(shape: Decode, start: Word, tokens: Word | int) -> Word:
 
 def _code(shape: Decode, row: Word, units: Word, tile: Word) -> Word:
     """The first piece that begins at a row's tile or behind it."""
-    count = _ceil(units, SHORTEST)
+    count = _ceil(units, shape.shortest // UNIT)
     count = (count < shape.most).select(count, shape.most)
     tiles = _ceil(_ceil(units, count), TILE_UNITS)
     piece = _ceil(tile, tiles)
     return (piece < _ceil(units, tiles * TILE_UNITS)).select(row * PIECES + piece, (row + 1) * PIECES)
+
+
+def _larger(a: Word, b: Word) -> Word:
+    return (a < b).select(b, a)
 
 
 def _ceil(dividend: Word, divisor: Word | int) -> Word:

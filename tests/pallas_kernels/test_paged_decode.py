@@ -32,15 +32,19 @@ def units_of(start_pos, num_tokens, window):
         yield max(1, -(-(start + tokens) // 16) - low // 16)
 
 
-def shape_of(rows, num_kv_heads=1, ranges=3, window=None, max_pages=256):
+def shape_of(rows, num_kv_heads=1, ranges=3, window=None, max_pages=256, shortest=128):
     heads, kinds = (2 * num_kv_heads, num_kv_heads), (jnp.bfloat16, jnp.bfloat16)
-    return planning.Decode(rows, *heads, 64, 16, max_pages, ranges * num_kv_heads, 2, window, None, *kinds, True)
+    streams = ranges * num_kv_heads
+    return planning.Decode(rows, *heads, 64, 16, max_pages, streams, 2, window, None, *kinds, True, shortest)
 
 
 @pytest.mark.parametrize(
     ("rows", "num_kv_heads", "ranges", "window", "with_tokens"),
-    [(1, 1, 7, 1000, True), (3, 2, 5, 1, True), (130, 8, 4, None, True), (300, 1, 8, 100, False)],
-)
+    [
+        (1, 1, 7, 1000, True), (3, 2, 5, 1, True), (130, 8, 4, None, True), (300, 1, 8, 100, False),
+        (128, 2, 66, 20, True), (128, 1, 65, 70, False),
+    ],
+)  # fmt: skip
 def test_ranges_share_all_tiles_alike(monkeypatch, rows, num_kv_heads, ranges, window, with_tokens):
     """Thread by thread, against a walk over a list of all tiles; the XLA form of the plan too."""
     shape = shape_of(rows, num_kv_heads, ranges, window)
@@ -59,7 +63,9 @@ def test_ranges_share_all_tiles_alike(monkeypatch, rows, num_kv_heads, ranges, w
     ]
     begins = [row * planning.PIECES + piece for row in range(rows) for piece in range(counts[row])]
     begins.append(rows * planning.PIECES)
-    share = -(-len(tiles) // ranges)
+    share, longest = -(-len(tiles) // ranges), -(-units.max() // planning.TILE_UNITS)
+    whole = -(-share // longest) * longest
+    share = whole if whole - share <= share // planning.SPARE else share
     positions = [tiles[i] if i < len(tiles) else begins[-1] for i in range(0, (ranges + 1) * share, share)]
     want = [next(begin for begin in begins if begin >= position) for position in positions]
 
@@ -81,14 +87,23 @@ def test_ranges_share_all_tiles_alike(monkeypatch, rows, num_kv_heads, ranges, w
     assert plain.tolist() == ends
 
 
+def test_rows_of_one_length_stay_whole():
+    """Where that leaves few ranges idle: 128 rows of 17 tiles for 66 ranges, but not 66 of them for 64."""
+    start_pos = jnp.full((128,), 1050, jnp.int32)
+    plan = planning.decode_plan(start_pos, 1, shape_of(128, 4, 66)).tolist()
+    assert plan == [[min(n, 128) * planning.PIECES for n in (i, i + 2)] for i in range(0, 132, 2)]
+    codes = np.asarray(planning.decode_plan(start_pos[:66], 1, shape_of(66, 4, 64)))
+    assert (codes % planning.PIECES).any()
+
+
 def test_a_row_is_cut_alike_whatever_its_neighbours():
     """And into more pieces the longer it is, never more than there is room for."""
-    shape = shape_of(4, 2, 33, max_pages=8192)
+    shape = shape_of(4, 2, 33, max_pages=8192, shortest=planning.SHORTEST)
     units = np.array([1, 8, 9, 70, 300, 8192], np.int32)
     together = [np.asarray(a) for a in shape.cut(jnp.asarray(units))]
     alone = [[int(a) for a in shape.cut(jnp.int32(n))] for n in units]
     assert np.stack(together, axis=1).tolist() == alone
-    assert together[0].tolist() == [1, 1, 2, 9, 25, 32]
+    assert together[0].tolist() == [1, 1, 1, 2, 7, 32]
 
 
 @pytest.fixture
@@ -99,7 +114,8 @@ def interpreted(monkeypatch):
     from jax._src.pallas.mosaic_gpu.interpret import params
 
     monkeypatch.setattr(public, "_num_sms", lambda: 3)
-    monkeypatch.setattr(public, "_pallas_decode", functools.partial(public._pallas_decode, interpret=True))
+    interpret = functools.partial(public._pallas_decode, interpret=True, shortest=128)
+    monkeypatch.setattr(public, "_pallas_decode", interpret)
     with params.force_gpu_interpret_mode():
         yield
 
