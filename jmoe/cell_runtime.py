@@ -15,9 +15,10 @@ import numpy as np
 from jmoe.cell_config import CellConfig
 from jmoe.compiled_programs import Program, load_program, program_key, save_program
 from jmoe.decode_loop import DeviceState, Role
-from jmoe.device_params import DeviceParams, ParamSource
+from jmoe.device_params import HALVES, DeviceParams, ParamSource
 from jmoe.empty_state import EmptyState
 from jmoe.errors import ExchangeTimeoutError, SequenceMismatchError
+from jmoe.kept_programs import KeptPrograms
 from jmoe.lowering import COMPILER_OPTIONS, AbstractCell, Key, lower_program, on_each_device, slot_bytes
 from jmoe.models.model import Model
 from jmoe.pallas_kernels.choice import has_hopper
@@ -67,9 +68,10 @@ class CellRuntime:
             for i, d in self._local
             if cell.mesh.role(i) == "attention" and i % cell.mesh.attention_tensor == 0
         ]
-        self._params = DeviceParams(cell, self.mesh, first_device)
+        kept = KeptPrograms(local := [device for _, device in self._local], files)
+        self._params = DeviceParams(cell, self.mesh, first_device, kept)
         self._abstract = AbstractCell(cell, self.mesh, role)
-        self._empty = EmptyState(self._abstract, self.mesh, [device for _, device in self._local])
+        self._empty = EmptyState(self._abstract, self.mesh, local, kept)
         self._programs: dict[Key, Program] = {}
         self._file_names: dict[Key, str] = {}
         self._attention: dict[str, jax.Array] = {}
@@ -96,9 +98,8 @@ class CellRuntime:
         """
         if isinstance(source, (str, os.PathLike, Model)):
             source = weights_source(source, self.cell.model)
-        attention = self._params.place("attention", source, progress) if self.role != "expert" else {}
-        experts = self._params.place("expert", source, progress) if self.role != "attention" else {}
-        self.adopt(attention, experts)
+        placed = self._params.place_roles(HALVES[self.role], source, progress)
+        self.adopt(placed.get("attention", {}), placed.get("expert", {}))
 
     def adopt(self, attention: dict[str, jax.Array], experts: dict[str, jax.Array]) -> None:
         """Takes arrays over the joint mesh as this process's weights (`AbstractCell.params`), with empty pages."""
@@ -170,7 +171,7 @@ class CellRuntime:
             return None
         # Once, before anything is traced: a second start looks before it traces too, whatever tracing does to options.
         self._file_names[key] = program_key(self._abstract, key)
-        return load_program(self._files, self._file_names[key], self._abstract, key)
+        return load_program(self._files, self._file_names[key], self._abstract.results(key), self._abstract.sharding)
 
     def run(self, key: Key, inputs: np.ndarray | None) -> dict[str, Any]:
         """Runs one call and waits for it; see `submit` and `collect`."""

@@ -58,8 +58,7 @@ class Colocated:
         Its pages are put back into `pages`.
         """
         layers = self.attention.layers_of(stage)
-        soon = self.expert.first_weights(stage.layer)
-        x, kv, chosen = self.attention.layers(stage, x, delta, [pages[layer] for layer in layers], rows, soon)
+        x, kv, chosen = self.attention.layers(stage, x, delta, [pages[layer] for layer in layers], rows)
         if self.attention.cell.mesh.num_micro_batches > 1:
             # The next micro-batch writes into the same pages: were that scheduled before this one's reads, XLA would
             # copy the cache.

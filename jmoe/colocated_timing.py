@@ -154,8 +154,7 @@ class ColocatedTimer:
         role = self._role(params)
         x = role.embed(Rows.unpack(inputs[0], self._layout))
         for _ in range(count):
-            best = jnp.argmax(role.half.logits(x, role.tensor), axis=-1, keepdims=True)
-            x = jax.lax.optimization_barrier(x + best.astype(x.dtype))
+            x = jax.lax.optimization_barrier(x + role.greedy_tokens(x)[:, None].astype(x.dtype))
         return state, x
 
     def _active(self, num_steps: int, params, experts, state: DeviceState, inputs):
@@ -169,8 +168,8 @@ class ColocatedTimer:
             seen.clear()
             lanes, pages = cast.walk(rows, pages)
             now = [jnp.zeros(num_experts, bool).at[chosen.topk_idx.reshape(-1)].set(True).sum() for chosen in seen]
-            head = [role.half.logits(role.last_hidden(*pair), role.tensor) for pair in zip(lanes, rows, strict=True)]
-            rows = [row.advance(jnp.argmax(h, axis=-1).astype(jnp.int32)) for row, h in zip(rows, head, strict=True)]
+            heads = [role.greedy_tokens(role.last_hidden(*pair)) for pair in zip(lanes, rows, strict=True)]
+            rows = [row.advance(token_ids) for row, token_ids in zip(rows, heads, strict=True)]
             return rows, pages, counts.at[k].set(jnp.stack(now).reshape(-1, len(rows)).mean(axis=1))
 
         rows = [Rows.unpack(packed, self._layout) for packed in inputs]

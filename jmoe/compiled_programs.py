@@ -6,23 +6,23 @@ and the executable is XLA's own serialization. What else a call needs is known f
 is an array over the joint mesh, in the order of the trees that `AbstractCell` describes.
 """
 
+import functools
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import logging
 import os
 import pathlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jmoe
 from jmoe.lowering import AbstractCell, Key
 from jmoe.program_files import ProgramFiles
-from jmoe.sharding.mesh_config import AXIS
 
 logger = logging.getLogger(__name__)
 Program = Callable[..., Any]
@@ -32,21 +32,27 @@ _UNTRACED = {"serving", "planner", "checkpoints", "training", "__pycache__"}  # 
 
 def program_key(abstract: AbstractCell, key: Key) -> str:
     """Hash of all that a compiled program depends on: sources, versions, flags, devices, cell, role."""
-    mesh = abstract.mesh
-    client = mesh.devices.flat[0].client
-    facts = {
-        "cell": abstract.cell.to_dict(),
-        "role": abstract.role,
-        "program": key,
+    own = {"cell": abstract.cell.to_dict(), "role": abstract.role, "program": key}
+    return key_of(own, common_facts(tuple(abstract.mesh.devices.flat)))
+
+
+def common_facts(devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """What any program for these devices depends on, whatever it computes."""
+    client = devices[0].client
+    return {
         "sources": _source_digest(),
         "versions": [(name, _version(name)) for name in _PACKAGES],
         "platform": (client.platform, client.platform_version, _host_features()),
-        "devices": [(d.device_kind, d.process_index, d.id) for d in mesh.devices.flat],
+        "devices": [(d.device_kind, d.process_index, d.id) for d in devices],
         "process": jax.process_index(),
         "flags": [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
         "config": _config(),
     }
-    text = json.dumps(facts, sort_keys=True, default=str)
+
+
+def key_of(own: Mapping[str, Any], common: Mapping[str, Any]) -> str:
+    """The name of a program on disk: the hash of what it computes and of `common_facts`."""
+    text = json.dumps({**common, **own}, sort_keys=True, default=str)
     name = hashlib.sha256(text.encode()).hexdigest()
     logger.debug("%s: %s", name, text)  # two starts that should have shared a program: compare these
     return name
@@ -66,6 +72,7 @@ def _config() -> dict[str, Any]:
     return {name: value for name, value in plain.items() if not name.endswith(("_dir", "_path", "_to"))}
 
 
+@functools.cache  # a start asks for every program's key
 def _source_digest() -> str:
     """Of the code that programs are traced from, and its tables."""
     digest = hashlib.sha256()
@@ -92,19 +99,32 @@ def save_program(files: ProgramFiles, name: str, compiled: jax.stages.Compiled) 
     files.write(name, executable.client.serialize_executable(executable))
 
 
-def load_program(files: ProgramFiles, name: str, abstract: AbstractCell, key: Key) -> "LoadedProgram | None":
-    """A program from disk; None, after a warning, where XLA can't load what is there."""
+def load_program(
+    files: ProgramFiles, name: str, results: Any, sharding: Any, *, has_kernels: bool = True
+) -> "LoadedProgram | None":
+    """A program from disk; None, after a warning, where XLA can't load what is there.
+
+    Args:
+      files: the folder.
+      name: `program_key`.
+      results: what it returns, as abstract arrays.
+      sharding: of every argument and result.
+      has_kernels: Mosaic's may be in it.
+    """
     data = files.read(name)
     if data is None:
         return None
-    devices = tuple(abstract.mesh.devices.flat)
+    device_list = sharding._internal_device_list
+    if has_kernels and device_list[0].platform == "gpu":
+        # Sets the variable by which XLA's call of such a kernel finds its library. Here and not at the top of a module:
+        # it is a third of what a start imports, and here the weights are read meanwhile.
+        importlib.import_module("jax.experimental.mosaic.gpu")
     try:
-        device_list = jax.sharding.NamedSharding(abstract.mesh, PartitionSpec())._internal_device_list
-        executable = devices[0].client.deserialize_executable(data, executable_devices=device_list)
+        executable = device_list[0].client.deserialize_executable(data, executable_devices=device_list)
     except Exception as error:  # of another build, say: XLA has no type for it
         files.remove(name, f"{type(error).__name__}: {error}")
         return None
-    return LoadedProgram(executable, abstract.results(key), abstract.mesh)
+    return LoadedProgram(executable, results, sharding)
 
 
 class LoadedProgram:
@@ -112,15 +132,15 @@ class LoadedProgram:
 
     Args:
       executable: XLA's, of the devices of this process.
-      results: what it returns, as abstract arrays over the joint mesh.
-      mesh: the joint mesh.
+      results: what it returns, as abstract arrays.
+      sharding: of every argument and result.
     """
 
-    def __init__(self, executable: Any, results: Any, mesh: Mesh):
+    def __init__(self, executable: Any, results: Any, sharding: jax.sharding.Sharding):
         self._executable = executable
         leaves, self._tree = jax.tree.flatten(results)
         self._shapes = [leaf.shape for leaf in leaves]
-        self._sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+        self._sharding = sharding
 
     def __call__(self, *args: Any) -> Any:
         parts = self._executable.execute_sharded(jax.tree.leaves(args)).disassemble_into_single_device_arrays()

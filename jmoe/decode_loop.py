@@ -211,10 +211,11 @@ class CellProgram:
 
     def _sample_one(self, attention: AttentionRole, lane: Lane, row: Rows, count: TokenCounts | None):
         """(rows of the next step, counts, Emitted `[rows]`) of one micro-batch."""
-        logits = attention.half.logits(attention.last_hidden(lane, row), attention.tensor)
+        x = attention.last_hidden(lane, row)
         if count is None:
-            token_ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            token_ids = attention.greedy_tokens(x)
             return self._next(row, token_ids), None, Emitted(jnp.where(row.emits, token_ids, -1))
+        logits = attention.half.logits(x, attention.tensor)
         token_ids = sample(logits, count.at_slots(row.slot), row.sampling, row.num_output)
         details = token_logprobs(logits, token_ids, self.cell.num_top_logprobs)
         count = count.with_token(token_ids, row.emits, row.slot)

@@ -1,10 +1,10 @@
 """DeviceParams: each device's share of the parameters, read straight from their source onto that device."""
 
-import functools
+import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, Protocol
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jmoe.cell_config import CellConfig
+from jmoe.kept_programs import KeptPrograms
 from jmoe.models.arrays import ArraySpec
 from jmoe.models.model import array_specs
 from jmoe.sharding.meshes import from_shards, local_devices
 from jmoe.sharding.partition import pad_to, tensor_share
+
+HalfRole = Literal["attention", "expert"]
+BOTH: tuple[HalfRole, ...] = ("attention", "expert")
+HALVES = {"attention": BOTH[:1], "expert": BOTH[1:], "inline": BOTH, "colocated": BOTH}  # whose weights a role has
+# Arrays under way at once. To a GPU one of 400 MB takes 0.1 s, most of it a copy into pinned memory by one core.
+NUM_THREADS = min(4, os.cpu_count() or 1)
 
 
 class ParamSource(Protocol):
@@ -24,9 +31,7 @@ class ParamSource(Protocol):
     What is made and not read (`RandomWeights`) is made on JAX's default device: the one that will hold it.
     """
 
-    def read(
-        self, role: Literal["attention", "expert"], path: str, index: tuple[slice, ...] | None = None
-    ) -> np.ndarray | jax.Array: ...
+    def read(self, role: HalfRole, path: str, index: tuple[slice, ...] | None = None) -> np.ndarray | jax.Array: ...
 
     def read_experts(
         self, path: str, expert_ids: Sequence[int], index: tuple[slice, ...] | None = None
@@ -49,18 +54,20 @@ class ArraySource:
 
 
 class DeviceParams:
-    """Reads and places the parameters of a cell, array by array: the host never holds more than two.
+    """Reads and places the parameters of a cell, array by array: the host never holds more than NUM_THREADS.
 
     Args:
       cell: model, meshes, placement.
       mesh: the program's; only this process's devices get anything.
       first_device: index on the joint axis of the mesh's first device.
+      programs: of this process's devices; None compiles in this process what turns arrays.
     """
 
-    def __init__(self, cell: CellConfig, mesh: Mesh, first_device: int = 0):
+    def __init__(self, cell: CellConfig, mesh: Mesh, first_device: int = 0, programs: KeptPrograms | None = None):
         self.cell = cell
         self.mesh = mesh
         self._local = local_devices(mesh, first_device)
+        self._programs = programs or KeptPrograms([device for _, device in self._local])
         self._lock = threading.Lock()
         self._idle: dict[tuple[jax.Device, tuple[int, ...], np.dtype], jax.Array] = {}
         specs = array_specs(cell.model)
@@ -72,20 +79,28 @@ class DeviceParams:
                 except ValueError as e:
                     raise ValueError(f"MeshConfig.{role}_tensor: {path}: {e}") from None
 
-    def place(self, role: Literal["attention", "expert"], source: ParamSource, progress: Callable[[str], None]):
-        """Every parameter of a role as an array over the joint mesh, by path.
+    def place(self, role: HalfRole, source: ParamSource, progress: Callable[[str], None]) -> dict[str, jax.Array]:
+        """Every parameter of a role as an array over the joint mesh, by path; see `place_roles`."""
+        return self.place_roles([role], source, progress)[role]
+
+    def place_roles(
+        self, roles: Sequence[HalfRole], source: ParamSource, progress: Callable[[str], None]
+    ) -> dict[HalfRole, dict[str, jax.Array]]:
+        """Every parameter of some roles as an array over the joint mesh, by role and path.
 
         Devices of the other role that this process holds too (executor `inline`) get a buffer of the same shape,
         one for all arrays of that shape, since one program needs one shape everywhere.
         """
-        placed, specs = {}, self.specs[role]
-        with ThreadPoolExecutor(2) as pool:  # one is read while another goes to its devices
-            arrays = pool.map(lambda item: self._place_one(role, item[0], item[1], source), specs.items())
-            for n, (path, array) in enumerate(zip(specs, arrays, strict=True)):
-                placed[path] = array
-                if (n + 1) % 50 == 0 or n + 1 == len(specs):
-                    progress(f"{role} weights: {n + 1} of {len(specs)} arrays")
-        return placed
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            started: dict[HalfRole, dict[str, Future[jax.Array]]] = {
+                role: {p: pool.submit(self._place_one, role, p, spec, source) for p, spec in self.specs[role].items()}
+                for role in roles
+            }
+            try:
+                return {role: _results(role, arrays, progress) for role, arrays in started.items()}
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # what is wrong with a checkpoint is told at once
+                raise
 
     def _place_one(self, role, path: str, spec: ArraySpec, source: ParamSource) -> jax.Array:
         shards: dict[jax.Device, jax.Array] = {}
@@ -99,7 +114,7 @@ class DeviceParams:
                 with jax.default_device(device):
                     read[key] = self._read(role, path, spec, source, node, rank)
             shape = read[key].shape
-            shards[device] = _put(read[key], device)
+            shards[device] = self._put(read[key], device)
         for _, device in self._local:
             if device not in shards:
                 shards[device] = self._idle_buffer(device, (1, *shape), dtype)
@@ -129,19 +144,27 @@ class DeviceParams:
                 self._idle[device, shape, dtype] = jnp.zeros(shape, dtype, device=device)
             return self._idle[device, shape, dtype]
 
+    def _put(self, array: np.ndarray | jax.Array, device: jax.Device) -> jax.Array:
+        """`[1, ...]` on the device; what lies in memory with its axes in another order is turned there."""
+        if isinstance(array, jax.Array) or array.flags.c_contiguous:
+            return jax.device_put(array[None], device)
+        order = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
+        stored = array.transpose(order)
+        if not stored.flags.c_contiguous:
+            return jax.device_put(array[None], device)
+        back = tuple(order.index(axis) for axis in range(array.ndim))
+        return self._programs.call(_turned, (back,), device, jax.device_put(stored, device))
 
-def _put(array: np.ndarray | jax.Array, device: jax.Device) -> jax.Array:
-    """`[1, ...]` on the device; what lies in memory with its axes in another order is transposed there."""
-    if isinstance(array, jax.Array) or array.flags.c_contiguous:
-        return jax.device_put(array[None], device)
-    order = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
-    stored = array.transpose(order)
-    if not stored.flags.c_contiguous:
-        return jax.device_put(array[None], device)
-    return _transpose(jax.device_put(stored, device), tuple(order.index(axis) for axis in range(array.ndim)))
+
+def _results(role: HalfRole, arrays: dict[str, Future[jax.Array]], progress: Callable[[str], None]) -> dict[str, Any]:
+    placed = {}
+    for n, (path, array) in enumerate(arrays.items(), 1):
+        placed[path] = array.result()
+        if n % 50 == 0 or n == len(arrays):
+            progress(f"{role} weights: {n} of {len(arrays)} arrays")
+    return placed
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _transpose(array: jax.Array, order: tuple[int, ...]) -> jax.Array:
+def _turned(order: tuple[int, ...], array: jax.Array) -> jax.Array:
     """The leading axis comes last: before it, XLA on CPU took 4.4 s for 0.9 GB of bfloat16, not 0.9 to 1.3."""
     return array.transpose(order)[None]

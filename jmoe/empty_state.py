@@ -6,6 +6,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jmoe.decode_loop import DeviceState
+from jmoe.kept_programs import KeptPrograms
 from jmoe.lowering import AbstractCell
 from jmoe.sampling import TokenCounts
 from jmoe.sharding.meshes import from_shards
@@ -18,12 +19,14 @@ class EmptyState:
       abstract: shapes.
       mesh: the program's.
       devices: those of this process on it.
+      programs: of those devices.
     """
 
-    def __init__(self, abstract: AbstractCell, mesh: Mesh, devices: list[jax.Device]):
+    def __init__(self, abstract: AbstractCell, mesh: Mesh, devices: list[jax.Device], programs: KeptPrograms):
         self._abstract = abstract
         self._mesh = mesh
         self._devices = devices
+        self._programs = programs
 
     def state(self) -> DeviceState:
         """Without counts, and without a mailbox."""
@@ -50,4 +53,9 @@ class EmptyState:
 
     def _filled(self, shape: tuple[int, ...], dtype) -> jax.Array:
         """Zeros of `shape` on every device of this process."""
-        return from_shards(self._mesh, {d: jnp.zeros((1, *shape), dtype, device=d) for d in self._devices})
+        static = ((1, *shape), jnp.dtype(dtype).name)
+        return from_shards(self._mesh, {d: self._programs.call(_zeros, static, d) for d in self._devices})
+
+
+def _zeros(shape: tuple[int, ...], dtype: str) -> jax.Array:
+    return jnp.zeros(shape, dtype)

@@ -35,6 +35,7 @@ class AbstractCell:
         self.cell = cell
         self.mesh = mesh
         self.role = role
+        self.sharding = NamedSharding(mesh, PartitionSpec(AXIS))  # of everything: the leading axis is the device
 
     def params(self) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
         """(attention, experts) by path; empty for a role that is not played."""
@@ -108,8 +109,7 @@ class AbstractCell:
         return self.state(sampling), emitted, fault, dropped
 
     def _abstract(self, shape: tuple[int, ...], dtype) -> Any:
-        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
-        return jax.ShapeDtypeStruct((self.mesh.devices.size, *shape), dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct((self.mesh.devices.size, *shape), dtype, sharding=self.sharding)
 
 
 def on_each_device(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -99,23 +98,16 @@ class AttentionRole:
         return x.reshape(-1, x.shape[-1]).astype(self.cell.model.dtype)
 
     def layers(
-        self,
-        stage: Stage,
-        x: jax.Array,
-        delta: jax.Array | None,
-        pages: Pages,
-        rows: Rows,
-        next_weights: Sequence[jax.Array] = (),
+        self, stage: Stage, x: jax.Array, delta: jax.Array | None, pages: Pages, rows: Rows
     ) -> tuple[jax.Array, Pages, Chosen | None]:
         """The decoder layers of a stage: the residual behind them, their pages, and what the router at the end chose.
 
-        Nothing is chosen in the last stage, the head's. `delta` is what the last experts made, added first;
-        `next_weights` are those of the experts to come, where they stand on this device.
+        Nothing is chosen in the last stage, the head's. `delta` is what the last experts made, added first.
         """
         chosen, new_pages = None, []
         for layer, kv in zip(self.layers_of(stage), pages, strict=True):
             module = self.half.layers[layer]
-            x, kv, chosen = run_layer(decoder_layer, self.cell, module, x, delta, kv, rows, tuple(next_weights))
+            x, kv, chosen = run_layer(decoder_layer, self.cell, module, x, delta, kv, rows)
             new_pages.append(kv)
             delta = None
         return x if delta is None else x + delta.astype(x.dtype), new_pages, chosen
@@ -124,6 +116,10 @@ class AttentionRole:
         """Residual of each row's last valid token: `[rows, D]`."""
         x = lane.x.reshape(*rows.token_ids.shape, -1)
         return jnp.take_along_axis(x, rows.last[:, None, None], axis=1)[:, 0]
+
+    def greedy_tokens(self, x: jax.Array) -> jax.Array:
+        """The head of a greedy step: residual `[rows, D]` -> the likeliest tokens `[rows]` int32."""
+        return self.half.greedy_tokens(x, self.tensor, "xla" if self.cell.kernels == "xla" else None)
 
     def _dispatch(self, h: jax.Array, routes: Routes) -> Box:
         """Rows `[tokens, D]` into the boxes of the rounds' nodes, each this rank's slice."""
@@ -172,13 +168,6 @@ class ExpertRole:
     def partial_sums(self, layer: int, rows: jax.Array, local_idx: jax.Array, topk_weights: jax.Array) -> jax.Array:
         """One weighted partial sum a row over this device's share of MoE layer `layer`: `[rows, D]` float32."""
         return run_layer(_partial_sums, self.cell, self.half.layers[layer], rows, local_idx, topk_weights)
-
-    def first_weights(self, layer: int) -> tuple[jax.Array, ...]:
-        """What the first product of MoE layer `layer` reads; nothing behind the last."""
-        if layer >= len(self.half.layers):
-            return ()
-        module = self.half.layers[layer]
-        return module.gate_proj[...], module.up_proj[...]
 
     def stage(self, stage: Stage, inbox: Box) -> Box:
         """Every replica's rows through this node's experts; one weighted partial sum a row, in the order received."""

@@ -1,7 +1,8 @@
 """Weights that a later kernel reads, asked into L2 by a small one that leaves the memory idle.
 
 A decode layer has some ten kernels of 1 to 3 us that wait for each other and move next to nothing; in 10 us the memory
-gives 30 MB. They ask for the first bytes of what comes next and don't wait: nothing is computed, nothing is returned.
+gives 30 MB. They ask for the first bytes of what comes next: nothing is computed, nothing is returned. Little pays: a
+kernel ends when what it asked for is there, so that 24 MB made one of 2 us last 8, and what came next 6 us shorter.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from jmoe.pallas_kernels import simt
 from jmoe.pallas_kernels.simt import Pointer
 
 CHUNK = 16 * 1024  # bytes of one request
-MAX_BYTES = 24 << 20  # of all targets of a kernel together: about half of an H100's L2
+MAX_BYTES = 1 << 20  # of all targets of a kernel together: the router of Qwen3-30B-A3B is half of it
 
 
 def bytes_of(arrays: Sequence[jax.Array]) -> list[int]:

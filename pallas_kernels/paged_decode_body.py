@@ -64,9 +64,21 @@ def body_of(shape: Decode):
             start = jnp.minimum(want, shape.flat_rows - n)
             return start, want - start
 
+        def has_whole_rows():
+            (_, first_piece), (_, end_piece) = mine.ends()
+            return first_piece + end_piece == 0
+
+        def leave():
+            simt.program(sharing.leave_program(shape), counters_g.at[head])
+
+        def leave_early():
+            """A stream that has nothing to count need not wait for it at the end."""
+            if not shape.interpret:
+                pl.when(has_whole_rows())(leave)
+
         @pl.when(role == 1)
         def _load():
-            load_pages(mine, table_g, ((k_g, k_s, k_full, k_free), (v_g, v_s, v_full, v_free)))
+            load_pages(mine, table_g, ((k_g, k_s, k_full, k_free), (v_g, v_s, v_full, v_free)), behind=leave_early)
 
         @pl.when(role == 0)
         def _compute():
@@ -147,7 +159,7 @@ def body_of(shape: Decode):
                     def _(i=i):
                         merge(rows[i], words_s[0, sharing.COVER + i])
 
-                simt.program(sharing.leave_program(shape), counters_g.at[head])
+                leave()
 
             def widened(pages, slot, free):
                 """Float8 pages as wgmma reads them."""
@@ -273,7 +285,7 @@ def body_of(shape: Decode):
 
             mine.walk(fetch, segment)
             if not shape.interpret:
-                meet()
+                pl.when(jnp.logical_not(has_whole_rows()))(meet)
             plgpu.wait_smem_to_gmem(0)
 
     return body

@@ -1,6 +1,7 @@
 """A stream of decode attention: which pieces of which rows are its own, and the warpgroup that loads their pages."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -70,12 +71,13 @@ class Stream:
         return lax.while_loop(lambda state: state[0] <= last_row, step, start)[1]
 
 
-def load_pages(stream: Stream, table_g, sides) -> None:
+def load_pages(stream: Stream, table_g, sides, behind: Callable[[], None]) -> None:
     """Brings all tiles of a stream; leaves no barrier with a phase that nobody saw.
 
     Args:
       table_g: `[rows, max_pages]`.
       sides: (pages in memory, their tiles in shared memory, barriers of full and of free tiles) of keys and of values.
+      behind: called when all were asked for, before the last ones are there.
     """
     shape, stages = stream.shape, stream.shape.stages
 
@@ -106,6 +108,7 @@ def load_pages(stream: Stream, table_g, sides) -> None:
         return num_tiles(length)
 
     brought = stream.walk(stream.bounds, segment)
+    behind()
     for last in range(1, stages + 1):
 
         @pl.when(brought >= last)

@@ -9,7 +9,6 @@ import numpy as np
 from jax.experimental import io_callback
 
 from jmoe.pallas_kernels.push_host import push_on_host
-from jmoe.pallas_kernels.push_mosaic import push_pallas
 from jmoe.pallas_kernels.push_plan import Message, PushPlan
 
 
@@ -81,7 +80,11 @@ def push(
 
 
 # Traced and lowered once for each plan and shape: a program holds one call for each layer and micro-batch.
-_push_pallas = jax.jit(push_pallas, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
+def _push_pallas(plan: PushPlan, *args: Any) -> Any:
+    from jmoe.pallas_kernels.push_mosaic import push_pallas  # a third of what importing a runtime takes
+
+    return push_pallas(plan, *args)
 
 
 def _types(message: Message | None, rounds: int) -> tuple[Any, ...]:

@@ -62,6 +62,9 @@ class Word:
     def __and__(self, other):
         return Word(arith.andi(self.value, raw(other)))
 
+    def __or__(self, other):
+        return Word(arith.ori(self.value, raw(other)))
+
     def __lt__(self, other):
         return Word(arith.cmpi(arith.CmpIPredicate.slt, self.value, raw(other)))
 
@@ -210,6 +213,11 @@ def warp_same(word: Word, lane: Word) -> tuple[Word, Word]:
     mask = Word(llvm.inline_asm(i32(), operands, text, "=r,r", has_side_effects=True, **convergent))
     before = mask & (Word(arith.shli(raw(1), lane.value)) - 1)
     return Word(llvm.intr_ctpop(before.value)), Word(llvm.intr_ctpop(mask.value))
+
+
+def swap(word: Word, distance: int) -> Word:
+    """The word of the lane whose number differs in this bit, a power of two."""
+    return Word(mosaic.shfl_bfly(word.value, distance))
 
 
 def warp_barrier() -> None:

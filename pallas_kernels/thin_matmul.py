@@ -36,27 +36,32 @@ def thin_matmul(
             f"thin_matmul: expected rows [rows, in] and weights [in, out_i], got {rows.shape} and "
             f"{[w.shape for w in weights]}"
         )
-    why = _why_not(rows, weights)
-    if implementation not in (None, "xla", "pallas"):
-        raise ValueError(f"thin_matmul: expected implementation 'xla', 'pallas' or None, got {implementation!r}")
-    if implementation == "pallas" and why:
-        raise ValueError(f"thin_matmul: 'pallas' expected {why}")
-    return (_pallas if implementation == "pallas" else _xla)(rows, *weights)
+    return (_pallas if _is_pallas("thin_matmul", implementation, rows, weights) else _xla)(rows, *weights)
 
 
-def thin_partials(rows: jax.Array, weights: Sequence[jax.Array], parts: int) -> jax.Array:
-    """Partial sums of rows @ [w_0 | w_1 | ...]: the terms cut into `parts` stretches, for a kernel that adds them up.
+def thin_partials(
+    rows: jax.Array, weights: Sequence[jax.Array], parts: int, *, implementation: Implementation | None = None
+) -> jax.Array:
+    """Partial sums of rows @ [w_0 | w_1 | ...]: the terms cut into stretches, for a kernel that adds them up.
 
     A product of few rows has too few tiles for all SMs unless its terms are cut; left to XLA, that is a second kernel
     that adds up (1.5 us at 16 rows of Qwen3, 3.5 at 128). XLA makes one product of all weights and copies none.
 
     Args:
       rows: `[rows, in]`. weights: of `[in, out_i]`.
-      parts: a divisor of `in`.
+      parts: of the XLA form, a divisor of `in`; the Mosaic form cuts as suits the SMs.
+      implementation: "xla", "pallas" (what `thin_matmul` says of it), None for "xla".
 
     Returns:
       `[parts, rows, sum of out_i]` float32.
+
+    Raises:
+      ValueError: an implementation that is unknown or can't run.
     """
+    if _is_pallas("thin_partials", implementation, rows, weights):
+        from jmoe.pallas_kernels.thin_matmul_mosaic import thin_partials_pallas
+
+        return thin_partials_pallas(rows, weights)
     cut = rows.reshape(len(rows), parts, -1)
     products = [
         jax.lax.dot_general(
@@ -67,7 +72,16 @@ def thin_partials(rows: jax.Array, weights: Sequence[jax.Array], parts: int) -> 
     return jnp.concatenate(products, axis=2) if len(products) > 1 else products[0]
 
 
-def _why_not(rows: jax.Array, weights: Sequence[jax.Array]) -> str:
+def _is_pallas(op: str, implementation: str | None, rows: jax.Array, weights: Sequence[jax.Array]) -> bool:
+    if implementation not in (None, "xla", "pallas"):
+        raise ValueError(f"{op}: expected implementation 'xla', 'pallas' or None, got {implementation!r}")
+    why = why_not(rows, weights)
+    if implementation == "pallas" and why:
+        raise ValueError(f"{op}: 'pallas' expected {why}")
+    return implementation == "pallas"
+
+
+def why_not(rows: jax.Array, weights: Sequence[jax.Array]) -> str:
     """What the Mosaic form can't do; empty if it can."""
     if any(a.dtype != jnp.bfloat16 for a in (rows, *weights)):
         return f"bfloat16, got {[str(a.dtype) for a in (rows, *weights)]}"

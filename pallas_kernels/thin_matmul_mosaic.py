@@ -2,7 +2,8 @@
 
 All (tile of columns, step of terms) stand in one line, tile by tile, and each SM takes an equal stretch of it: every SM
 reads equally much, whatever the shape. A tile that several SMs share gets a partial sum from each, in a slot of its
-own, and XLA adds the slots in their order in whatever reads them: no atomics, so the sum repeats bit for bit.
+own, and XLA adds the slots in their order in whatever reads them: no atomics, so the sum repeats bit for bit. Or each
+tile's terms are cut into as many parts, one a block, for a kernel that adds up all slots itself.
 """
 
 import dataclasses
@@ -36,6 +37,7 @@ class Shares:
       block_in: terms of a step.
       num_sms: thread blocks.
       interpret: leave out what the interpreter lacks.
+      parts: of each tile, one a block; 0 for one stretch of the line a block.
     """
 
     rows: int
@@ -45,6 +47,7 @@ class Shares:
     block_in: int = TERMS
     num_sms: int = NUM_SMS
     interpret: bool = False
+    parts: int = 0
 
     @property
     def steps(self) -> int:
@@ -58,11 +61,25 @@ class Shares:
     @property
     def stretch(self) -> int:
         """Steps of one block; the last ones may have fewer."""
-        return -(-self.total // self.num_sms)
+        return -(-self.steps // self.parts) if self.parts else -(-self.total // self.num_sms)
+
+    @property
+    def blocks(self) -> int:
+        return self.total // self.steps * self.parts if self.parts else -(-self.total // self.stretch)
+
+    def place(self, block) -> tuple[Any, Any]:
+        """A block's first step on the line, and how many it has."""
+        if not self.parts:
+            begin = block * self.stretch
+            return begin, jnp.minimum(self.stretch, self.total - begin)
+        first = lax.rem(block, jnp.int32(self.parts)) * self.stretch
+        return block // self.parts * self.steps + first, jnp.minimum(self.stretch, self.steps - first)
 
     @property
     def sharers(self) -> np.ndarray:
         """Blocks that share each tile."""
+        if self.parts:
+            return np.full(self.total // self.steps, self.parts)
         first = np.arange(0, self.total, self.steps)
         return (first + self.steps - 1) // self.stretch - first // self.stretch + 1
 
@@ -75,6 +92,22 @@ class Shares:
 def choose_shares(rows: int, num_in: int, columns: tuple[int, ...]) -> Shares:
     """Narrow tiles for few rows, which leave fewer partial sums; wide ones where rows would be read too often."""
     return Shares(rows, num_in, columns, 64 if rows <= 32 else 128)
+
+
+def choose_parts(rows: int, num_in: int, columns: tuple[int, ...], num_sms: int = NUM_SMS) -> Shares:
+    """As many parts of each tile as there are SMs for, none of them without a step."""
+    whole = Shares(rows, num_in, columns, 128)
+    parts = max(1, min(num_sms // (whole.total // whole.steps), whole.steps))
+    parts = -(-whole.steps // -(-whole.steps // parts))
+    return dataclasses.replace(whole, parts=parts)
+
+
+def thin_partials_pallas(rows: jax.Array, weights: Sequence[jax.Array], shares: Shares | None = None) -> jax.Array:
+    """See `thin_partials`; `[parts, rows, out]` float32, as many parts as suit the SMs."""
+    num_rows = len(rows)
+    rows = jnp.pad(rows, ((0, -num_rows % 8), (0, 0)))
+    shares = shares or choose_parts(len(rows), rows.shape[1], tuple(w.shape[1] for w in weights))
+    return _kernel(shares)(rows, *weights)[:, :num_rows]
 
 
 def thin_matmul_pallas(rows: jax.Array, weights: Sequence[jax.Array], shares: Shares | None = None) -> jax.Array:
@@ -95,7 +128,7 @@ def _kernel(shares: Shares):
     return plgpu.kernel(
         _body(shares),
         out_type=jax.ShapeDtypeStruct((int(shares.sharers.max()), shares.rows, sum(shares.columns)), jnp.float32),
-        grid=(-(-shares.total // shares.stretch),),
+        grid=(shares.blocks,),
         grid_names=("sm",),
         num_threads=1 + consumers,
         thread_name="wg",
@@ -115,8 +148,7 @@ def _body(shares: Shares):
 
     def thin_matmul(rows_g, *refs):
         weights_g, (out_g, weights_s, rows_s, out_s, full, free) = refs[:num_weights], refs[num_weights:]
-        begin = lax.axis_index("sm") * shares.stretch
-        count = jnp.minimum(shares.stretch, shares.total - begin)
+        begin, count = shares.place(lax.axis_index("sm"))
 
         @pl.when(lax.axis_index("wg") == 0)
         def _():
@@ -201,7 +233,10 @@ def _multiply(shares: Shares, weights_s, rows_s, out_s, out_g, full, free, begin
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         out_s.at[own].T[...] = plgpu.layout_cast(found, TURNED)
         plgpu.commit_smem()
-        slot = begin // shares.stretch - tile * shares.steps // shares.stretch
+        if shares.parts:
+            slot = (begin - tile * shares.steps) // shares.stretch
+        else:
+            slot = begin // shares.stretch - tile * shares.steps // shares.stretch
         columns = pl.ds(tile * shares.block_out + own * SHARE, SHARE)
         plgpu.copy_smem_to_gmem(out_s.at[own], out_g.at[slot, :, columns])
         return stop

@@ -1,8 +1,11 @@
 """Starts JAX inside a worker: its environment, its place in jax.distributed, and the cell's runtime on its devices."""
 
+import ctypes
 import os
 import re
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from jmoe.cell_config import CellConfig
@@ -27,10 +30,35 @@ def start_jax_runtime(init: Mapping[str, Any]) -> "Runtime":
       ValueError: other devices came up than the cell needs.
     """
     _set_environment(init["platform"], init["num_devices"])
+    if init["platform"] == "gpu":
+        threading.Thread(target=_wake_gpus, args=(init["local_device_ids"],), name="wake GPUs", daemon=True).start()
     import jax
 
+    _join(jax, init)
+    cell = CellConfig.from_dict(init["cell"])
+    with ThreadPoolExecutor(1, "devices") as pool:  # a GPU's backend takes a second, most of it without Python's lock
+        starting = pool.submit(jax.devices)
+        from jmoe.cell_runtime import CellRuntime
+        from jmoe.program_files import open_program_files
+
+        devices = sorted(starting.result(), key=lambda d: (d.process_index, d.id))
+    if len(devices) != cell.mesh.num_devices or jax.local_device_count() != init["num_devices"]:
+        raise ValueError(
+            f"worker {init['process_id']}: expected {init['num_devices']} devices here and {cell.mesh.num_devices} in "
+            f"the cell, got {jax.local_device_count()} and {len(devices)} ({devices[0].platform})"
+        )
+    return CellRuntime(cell, devices, init["role"], open_program_files(init["compile_cache"]))
+
+
+def _join(jax: Any, init: Mapping[str, Any]) -> None:
+    """Says which devices JAX may see, and joins this worker to the others where there are any."""
     if init["platform"] == "cpu":
         jax.config.update("jax_num_cpu_devices", init["num_devices"])
+    if init["num_processes"] == 1:  # a service of one, and asking it, would only take time
+        if init["local_device_ids"] is not None:
+            jax.config.update("jax_cuda_visible_devices", ",".join(map(str, init["local_device_ids"])))
+        return
+    if init["platform"] == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     jax.distributed.initialize(
@@ -43,17 +71,22 @@ def start_jax_runtime(init: Mapping[str, Any]) -> "Runtime":
         heartbeat_timeout_seconds=_JAX_HEARTBEAT_S,
         cluster_detection_method="deactivate",
     )
-    cell = CellConfig.from_dict(init["cell"])
-    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
-    if len(devices) != cell.mesh.num_devices or jax.local_device_count() != init["num_devices"]:
-        raise ValueError(
-            f"worker {init['process_id']}: expected {init['num_devices']} devices here and {cell.mesh.num_devices} in "
-            f"the cell, got {jax.local_device_count()} and {len(devices)} ({devices[0].platform})"
-        )
-    from jmoe.cell_runtime import CellRuntime
-    from jmoe.program_files import open_program_files
 
-    return CellRuntime(cell, devices, init["role"], open_program_files(init["compile_cache"]))
+
+def _wake_gpus(device_ids: Sequence[int] | None) -> None:
+    """Makes this process's CUDA contexts, which XLA takes up, while JAX is imported: half a second for one GPU.
+
+    Where that fails JAX will say what is wrong: it takes the same steps.
+    """
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return
+    cuda.cuInit(0)
+    for device_id in device_ids or ():
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        if cuda.cuDeviceGet(ctypes.byref(device), device_id) == 0:
+            cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
 
 def _set_environment(platform: str, num_devices: int) -> None:

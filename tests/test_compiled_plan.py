@@ -97,7 +97,7 @@ def test_plan_of_a_colocated_cell(imaginary_mesh, name):
 
 @pytest.mark.aot
 def test_plan_of_a_colocated_cell_on_hopper(imaginary_mesh, monkeypatch):
-    """The few kernels: none that only adds partial sums up, and no weight copied or joined with another."""
+    """The few kernels: none that only adds partial sums up, no weight copied or joined with another, no logits."""
     monkeypatch.setattr(choice, "has_hopper", lambda: True)
     cell = cell_on(MeshConfig.colocate(1))
     cell = dataclasses.replace(cell, model=dataclasses.replace(MODEL, num_layers=3))
@@ -105,7 +105,8 @@ def test_plan_of_a_colocated_cell_on_hopper(imaginary_mesh, monkeypatch):
     text = lower_program(cell, devices, "colocated", ("decode", False)).compile().as_text()
     assert not faults(text, forbidden_sizes(cell, devices))
     kernels = text.count('custom_call_target="mosaic_gpu')
-    assert kernels == 3 * 8 + 2, "residual_norm stands before the projections of all layers but the first"
+    assert kernels == 3 * 10 + 2 + 1, "residual_norm before the projections of all layers but the first, and the head"
+    assert f"f32[{cell.rows},{MODEL.vocab_size}]" not in text
 
 
 @pytest.mark.aot

@@ -1,6 +1,7 @@
 """DeviceParams: each device holds its own share of the right array, and nothing that it does not need."""
 
 import dataclasses
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from small_models import AWKWARD, EVEN
 
 from jmoe.cell_config import CellConfig
 from jmoe.config import ModelConfig
-from jmoe.device_params import ArraySource, DeviceParams
+from jmoe.device_params import HALVES, ArraySource, DeviceParams
 from jmoe.models.model import array_specs
 from jmoe.sharding.mesh_config import MeshConfig
 from jmoe.sharding.meshes import joint_mesh
@@ -172,3 +173,27 @@ def test_too_few_devices_are_refused():
     mesh = MeshConfig(6, 5).resolve(6)
     with pytest.raises(ValueError, match=r"expected at least 11 devices \(6 attention \+ 5 expert\), got 10"):
         joint_mesh(mesh, jax.devices())
+
+
+def test_both_roles_are_placed_together():
+    cell, source = cell_of(EVEN, MeshConfig(1, 1)), NumberedSource(EVEN)
+    params = DeviceParams(cell, joint_mesh(cell.mesh, jax.devices()))
+    placed = params.place_roles(HALVES["inline"], source, lambda _: None)
+    assert {role: set(arrays) for role, arrays in placed.items()} == {r: set(a) for r, a in source.arrays.items()}
+    for role, device in (("attention", 0), ("expert", 1)):
+        for path, array in placed[role].items():
+            np.testing.assert_array_equal(np.asarray(array)[device], source.arrays[role][path])
+
+
+def test_after_a_read_that_fails_no_more_is_read():
+    class Broken(NumberedSource):
+        def read(self, role, path, index=None):
+            self.reads.append((role, path))
+            time.sleep(0.01)  # the one who asked has time to hear of it
+            raise ValueError("expected another file")
+
+    cell, source = cell_of(dataclasses.replace(EVEN, num_layers=20, dense_layers=()), MeshConfig(1, 1)), Broken(EVEN)
+    params = DeviceParams(cell, joint_mesh(cell.mesh, jax.devices()))
+    with pytest.raises(ValueError, match="expected another file"):
+        params.place_roles(HALVES["colocated"], source, lambda _: None)
+    assert len(source.reads) < sum(map(len, params.specs.values()))

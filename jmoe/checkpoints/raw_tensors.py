@@ -16,6 +16,7 @@ import numpy as np
 
 DTYPES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16", "F8_E4M3": "float8_e4m3fn"}
 MAX_THREADS = 16
+CHUNK = 16 << 20  # bytes that one thread reads of a tensor before another may: a table of 600 MB is one tensor
 MAX_HEADER_BYTES = 100 << 20  # what the format allows
 
 
@@ -37,22 +38,28 @@ class RawTensors:
         Raises:
           ValueError: a file that ends too early.
         """
-        jobs = [
-            (path, name, memoryview(row.reshape(-1).view(np.uint8)))
-            for (path, name), row in zip(tensors, out, strict=True)
-        ]
-        with ThreadPoolExecutor(min(MAX_THREADS, 2 * (os.cpu_count() or 1), len(jobs))) as pool:
-            list(pool.map(lambda job: self._read(*job), jobs))
+        jobs = []
+        for (path, name), row in zip(tensors, out, strict=True):
+            into = memoryview(row.reshape(-1).view(np.uint8))
+            jobs += [(path, name, start, into[start : start + CHUNK]) for start in range(0, len(into), CHUNK)]
+        num_threads = min(MAX_THREADS, 2 * (os.cpu_count() or 1), len(jobs))
+        if num_threads < 2:  # most of a model's arrays are small: they need no threads of their own
+            self._read_all(jobs)
+            return
+        with ThreadPoolExecutor(num_threads) as pool:
+            list(pool.map(lambda first: self._read_all(jobs[first::num_threads]), range(num_threads)))
 
-    def _read(self, path: pathlib.Path, name: str, into: memoryview) -> None:
-        start, header = self._header(path)
-        with path.open("rb", buffering=0) as file:
-            file.seek(start + header[name]["data_offsets"][0])
-            while into:
-                count = file.readinto(into)
-                if not count:
-                    raise ValueError(f"{path}: expected {len(into)} more bytes of {name}, got the file's end")
-                into = into[count:]
+    def _read_all(self, jobs: Sequence[tuple[pathlib.Path, str, int, memoryview]]) -> None:
+        """Each from its start within a tensor."""
+        for path, name, start, into in jobs:
+            begin, header = self._header(path)
+            with open(path, "rb", buffering=0) as file:
+                file.seek(begin + header[name]["data_offsets"][0] + start)
+                while into:
+                    count = file.readinto(into)
+                    if not count:
+                        raise ValueError(f"{path}: expected {len(into)} more bytes of {name}, got the file's end")
+                    into = into[count:]
 
     def _header(self, path: pathlib.Path) -> tuple[int, dict]:
         """Where data begins, and the tensors by name."""

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import struct
+import threading
 from typing import Any
 
 import ml_dtypes
@@ -32,6 +33,7 @@ class TensorFiles:
         self.folder = pathlib.Path(folder)
         self._files: dict[pathlib.Path, Any] = {}
         self._headers: dict[pathlib.Path, tuple[int, dict[str, Any]]] = {}
+        self._lock = threading.Lock()  # of what is open; reads copy under the interpreter's lock anyhow
         index, single = self.folder / INDEX_FILE, self.folder / SINGLE_FILE
         if index.is_file():
             self._file_of = _read_index(index)
@@ -49,17 +51,19 @@ class TensorFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a stored tensor, from the file's header."""
-        return tuple(self._slice(name).get_shape())
+        with self._lock:
+            return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Reads part of one tensor: one slice of step 1 an axis, in the stored dtype (the short ones as ml_dtypes')."""
-        stored = self._slice(name)
-        if stored.get_dtype() == "F8_E4M3":
-            return self._read_float8(name, index)
-        try:
-            return stored[index] if index else stored[:]
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{self._file_of[name]}: reading {name}: {error}") from None
+        with self._lock:
+            stored = self._slice(name)
+            if stored.get_dtype() == "F8_E4M3":
+                return self._read_float8(name, index)
+            try:
+                return stored[index] if index else stored[:]
+            except safetensors.SafetensorError as error:
+                raise ValueError(f"{self._file_of[name]}: reading {name}: {error}") from None
 
     def _read_float8(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Through a map of our own: safetensors 0.8 asks numpy for this type, which has none."""

@@ -9,6 +9,7 @@ from jmoe.config import ModelConfig
 from jmoe.models.arrays import ArraySpec, Make
 from jmoe.models.norms import normalize, rotate
 from jmoe.models.router import choose_experts
+from jmoe.pallas_kernels.greedy_head import Implementation, greedy_head
 from jmoe.pallas_kernels.thin_matmul import thin_matmul
 from jmoe.sharding.tensor_group import TensorGroup
 
@@ -126,10 +127,22 @@ class AttentionHalf(nnx.Module):
     def logits(self, x: jax.Array, tensor: TensorGroup) -> jax.Array:
         """Final norm and head: `[rows, D]` -> `[rows, vocab]` float32, the ranks' shares gathered, padding cut."""
         c = self.config
-        x = normalize(x, self.final_norm[...], c.norm, c.norm_eps)
+        x = self._normed_output(x)
         if c.tie_word_embeddings:
             share = jnp.einsum("rd,vd->rv", x, self.embed[...], preferred_element_type=jnp.float32)
         else:
             share = jnp.einsum("rd,dv->rv", x, self.lm_head[...], preferred_element_type=jnp.float32)
         whole = jnp.moveaxis(tensor.gather(share), 0, 1)  # [rows, ranks, share]
         return whole.reshape(x.shape[0], -1)[:, : c.vocab_size]
+
+    def greedy_tokens(self, x: jax.Array, tensor: TensorGroup, implementation: Implementation | None) -> jax.Array:
+        """The argmax of `logits`, `[rows]` int32; with the whole vocabulary on one rank by `greedy_head`."""
+        if tensor.size > 1:
+            return jnp.argmax(self.logits(x, tensor), axis=-1).astype(jnp.int32)
+        x, tied = self._normed_output(x), self.config.tie_word_embeddings
+        weights = self.embed[...] if tied else self.lm_head[...]
+        return greedy_head(x, weights, by_token=tied, implementation=implementation)
+
+    def _normed_output(self, x: jax.Array) -> jax.Array:
+        """What the head reads: the normalised residual."""
+        return normalize(x, self.final_norm[...], self.config.norm, self.config.norm_eps)

@@ -62,6 +62,9 @@ class Word:
     def __and__(self, other):
         return Word(lanes(self) & lanes(other))
 
+    def __or__(self, other):
+        return Word(lanes(self) | lanes(other))
+
     def __lt__(self, other):
         return Word(lanes(self) < lanes(other))
 
@@ -287,6 +290,11 @@ def warp_same(word, lane):
     return Word(before.ravel().astype(np.int32)), Word(alike.sum(2).ravel().astype(np.int32))
 
 
+def swap(word, distance):
+    by_warp(word)
+    return Word(lanes(word)[np.arange(THREADS) ^ distance])
+
+
 def warp():
     by_warp(0)  # the hardware's is a shuffle: a warp of which only a part asks hangs
     return Word(np.arange(THREADS, dtype=np.int32) // simt.WARP)
@@ -321,7 +329,7 @@ def install(monkeypatch) -> None:
     """Puts this in the place of `simt`'s own."""
     for name in (
         "Word", "Pointer", "when", "loop", "barrier",
-        "warp_sum", "warp_sum_before", "warp_same", "warp_largest", "warp_smallest",
+        "warp_sum", "warp_sum_before", "warp_same", "warp_largest", "warp_smallest", "swap",
     ):  # fmt: skip
         monkeypatch.setattr(simt, name, globals()[name])
     for name in ("Float", "Floats", "warp_reduce", "largest_magnitude", "float8_vector"):
