@@ -137,7 +137,7 @@ def _few_kernels(cell: CellConfig, module: AttentionLayer, x, delta, kv: KV, row
 def _projected(rows: jax.Array, weights: Sequence[jax.Array]) -> jax.Array:
     """Partial sums of the QKV projections.
 
-    Qwen3's take XLA 9.2 us at 16 rows and 14.6 at 128, Mosaic 10.2 and 13.6; its output projection 10.5 and 12.8 at 128.
+    Qwen3's take XLA 9.2 us at 16 rows and 14.6 at 128, Mosaic 10.2 and 13.6; the output's 10.5 and 12.8 at 128.
     """
     is_pallas = len(rows) > 64 and not why_not(rows, weights)
     return thin_partials(rows, weights, PARTS["qkv"], implementation="pallas" if is_pallas else "xla")
