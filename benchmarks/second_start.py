@@ -31,7 +31,6 @@ from decode_step_colocated import LAYERS
 from jmoe.checkpoints.hf_names import name_maps
 from jmoe.checkpoints.save import save_hf
 from jmoe.config import ModelConfig
-from jmoe.sharding.mesh_config import MeshConfig
 
 CHUNK = 16 << 20  # bytes of one read
 HEADER = f"{'start':>7} {'ready s':>8} {'token s':>8} {'reading s':>9} {'allowed s':>9} {'GB':>6}  programs"
@@ -84,25 +83,21 @@ def reading_s(folder: pathlib.Path) -> tuple[float, int]:
     return min(times), sum(file.stat().st_size for file in files)
 
 
-def start(args: argparse.Namespace) -> None:
-    """Serves, generates one token, says when."""
-    import jmoe
-
-    mesh = MeshConfig.colocate(1) if not args.expert else MeshConfig(args.attention, args.expert, 3)
-    rows = max(1, args.batch // (mesh.attention * mesh.num_micro_batches))
-    with jmoe.serve(
-        args.folder, mesh, executor=args.executor, rows=rows, chunk_len=args.chunk_len, max_len=args.max_len,
-        page_len=16, num_pages=1 + rows * mesh.num_micro_batches * -(-args.max_len // 16), compile_cache=args.cache,
-        progress=lambda line: print(f"SAYS {line}", flush=True),
-    ) as server:  # fmt: skip
-        print("READY", flush=True)
-        server.generate([[1, 2, 3]], jmoe.SamplingParams(max_tokens=1, ignore_eos=True))
-        print("TOKEN", flush=True)
+def command(args: argparse.Namespace, folder: str, cache: str) -> list[str]:
+    """Of one start, in a process that imports only what `jmoe.serve` needs."""
+    micro_batches = 3 if args.expert else 1
+    rows = max(1, args.batch // (micro_batches * (args.attention if args.expert else 1)))
+    options = {
+        "model": folder, "executor": args.executor, "rows": rows, "chunk_len": args.chunk_len, "max_len": args.max_len,
+        "page_len": 16, "num_pages": 1 + rows * micro_batches * -(-args.max_len // 16), "compile_cache": cache,
+    }  # fmt: skip
+    ratio = [str(args.attention), str(args.expert)] if args.expert else []
+    return [sys.executable, str(pathlib.Path(__file__).with_name("start_once.py")), json.dumps(options), *ratio]
 
 
 def timed_start(args: argparse.Namespace, folder: str, cache: str) -> dict[str, Any]:
     """One start in a process of its own; seconds from outside, and what it said of its programs."""
-    argv = [sys.executable, __file__, *sys.argv[1:], "--folder", folder, "--cache", cache]
+    argv = command(args, folder, cache)
     env = os.environ | {"JAX_PLATFORMS": "cpu" if args.platform == "cpu" else "cuda,cpu"}
     begin, found = time.perf_counter(), {"programs": ""}
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=env) as process:
@@ -126,9 +121,6 @@ def timed_start(args: argparse.Namespace, folder: str, cache: str) -> dict[str, 
 def main() -> int:
     """Both starts, a table; 1 where the second takes more than it may."""
     args = _parser().parse_args()
-    if args.folder:
-        start(args)
-        return 0
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         folder, cache = pathlib.Path(scratch, "checkpoint"), str(pathlib.Path(scratch, "programs"))
         begin = time.perf_counter()
@@ -168,8 +160,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scratch", help="folder for the checkpoint (default: the system's)")
     parser.add_argument("--timeout-s", type=float, default=280)
     parser.add_argument("--json", help="also write every figure here")
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    parser.add_argument("--cache", help=argparse.SUPPRESS)
     return parser
 
 

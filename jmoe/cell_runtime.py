@@ -23,6 +23,7 @@ from jmoe.lowering import COMPILER_OPTIONS, AbstractCell, Key, lower_program, on
 from jmoe.models.model import Model
 from jmoe.pallas_kernels.choice import has_hopper
 from jmoe.pallas_kernels.push_plan import TIMED_OUT
+from jmoe.pinned_memory import PinnedMemory
 from jmoe.program_files import ProgramFiles
 from jmoe.sharding.mailboxes import Mailboxes
 from jmoe.sharding.meshes import from_shards, local_devices, program_mesh
@@ -72,10 +73,8 @@ class CellRuntime:
         self._params = DeviceParams(cell, self.mesh, first_device, kept)
         self._abstract = AbstractCell(cell, self.mesh, role)
         self._empty = EmptyState(self._abstract, self.mesh, local, kept)
-        self._programs: dict[Key, Program] = {}
-        self._file_names: dict[Key, str] = {}
-        self._attention: dict[str, jax.Array] = {}
-        self._experts: dict[str, jax.Array] = {}
+        self._programs, self._file_names = dict[Key, Program](), dict[Key, str]()
+        self._attention, self._experts = dict[str, jax.Array](), dict[str, jax.Array]()
         self._state: DeviceState | None = None
         self._kernels_told = False
 
@@ -96,9 +95,10 @@ class CellRuntime:
             from as the cell keeps them.
           progress: gets a line now and then.
         """
-        if isinstance(source, (str, os.PathLike, Model)):
-            source = weights_source(source, self.cell.model)
-        placed = self._params.place_roles(HALVES[self.role], source, progress)
+        with PinnedMemory([device for _, device in self._local]) as pins:
+            if isinstance(source, (str, os.PathLike, Model)):
+                source = weights_source(source, self.cell.model, pins)
+            placed = self._params.place_roles(HALVES[self.role], source, progress)
         self.adopt(placed.get("attention", {}), placed.get("expert", {}))
 
     def adopt(self, attention: dict[str, jax.Array], experts: dict[str, jax.Array]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 
+from jmoe.checkpoints.host_buffers import Pins
 from jmoe.checkpoints.load import CheckpointReader
 from jmoe.checkpoints.quantized_experts import QuantizedExperts
 from jmoe.checkpoints.random_weights import RandomWeights
@@ -11,12 +12,15 @@ from jmoe.device_params import ArraySource, ParamSource
 from jmoe.models.model import Model
 
 
-def weights_source(model: str | os.PathLike[str] | Model, config: ModelConfig) -> ParamSource:
+def weights_source(
+    model: str | os.PathLike[str] | Model, config: ModelConfig, pins: Pins | None = None
+) -> ParamSource:
     """Parameters as `config` describes them; experts are quantised on the way where only `config` says float8.
 
     Args:
       model: a Hugging Face checkpoint folder, "random:SEED", or a live model.
       config: of the cell: its `dtype` and `expert_dtype` may differ from the checkpoint's.
+      pins: of the memory that a checkpoint's large arrays are read into.
 
     Raises:
       FileNotFoundError, ValueError: as `CheckpointReader`.
@@ -32,7 +36,9 @@ def weights_source(model: str | os.PathLike[str] | Model, config: ModelConfig) -
         return QuantizedExperts(source)
     if isinstance(model, str) and model.startswith(RANDOM_WEIGHTS):
         return RandomWeights(config, int(model.removeprefix(RANDOM_WEIGHTS)))
-    reader = CheckpointReader(os.fspath(model), plain)
+    reader = CheckpointReader(os.fspath(model), plain, pins)
     if config.expert_dtype == "model":
         return reader
-    return CheckpointReader(os.fspath(model), config) if reader.has_scaled_experts else QuantizedExperts(reader)
+    if reader.has_scaled_experts:
+        return CheckpointReader(os.fspath(model), config, pins)
+    return QuantizedExperts(reader)

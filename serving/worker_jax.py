@@ -37,7 +37,7 @@ def start_jax_runtime(init: Mapping[str, Any]) -> "Runtime":
     _join(jax, init)
     cell = CellConfig.from_dict(init["cell"])
     with ThreadPoolExecutor(1, "devices") as pool:  # a GPU's backend takes a second, most of it without Python's lock
-        starting = pool.submit(jax.devices)
+        starting = pool.submit(_first_devices, jax)
         from jmoe.cell_runtime import CellRuntime
         from jmoe.program_files import open_program_files
 
@@ -71,6 +71,22 @@ def _join(jax: Any, init: Mapping[str, Any]) -> None:
         heartbeat_timeout_seconds=_JAX_HEARTBEAT_S,
         cluster_detection_method="deactivate",
     )
+
+
+def _first_devices(jax: Any) -> list[Any]:
+    """`jax.devices()`. A GPU's first copy and JAX's first trace take two seconds together: they begin here."""
+    devices = jax.devices()
+    if devices[0].platform == "gpu":
+        threading.Thread(target=_warm, args=(jax,), name="first copy", daemon=True).start()
+    return devices
+
+
+def _warm(jax: Any) -> None:
+    import numpy as np
+
+    host = np.zeros((8, 8), np.float32)
+    jax.block_until_ready([jax.device_put(host, device) for device in jax.local_devices()])
+    jax.eval_shape(lambda array: array.transpose()[None], host)
 
 
 def _wake_gpus(device_ids: Sequence[int] | None) -> None:

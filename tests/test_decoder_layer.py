@@ -41,7 +41,7 @@ def outputs(cell: CellConfig, module: AttentionLayer, *arrays) -> dict[str, np.n
     def run(params, arrays):
         x, delta, kv, packed = arrays
         rows = Rows.unpack(packed, StepLayout.of(cell, "decode"))
-        x, pages, chosen = decoder_layer(cell, nnx.merge(graph, params), x, delta, kv, rows, ())
+        x, pages, chosen = decoder_layer(cell, nnx.merge(graph, params), x, delta, kv, rows)
         assert chosen is not None
         # Every expert's weight, 0 where it was not chosen: equal choices in another order are equal.
         dense = jnp.zeros((len(x), QWEN3.num_experts)).at[jnp.arange(len(x))[:, None], chosen.topk_idx]

@@ -8,6 +8,7 @@ import math
 import mmap
 import threading
 import weakref
+from typing import Protocol
 
 import numpy as np
 
@@ -15,10 +16,23 @@ SMALLEST = 16 << 20  # bytes: less is not worth keeping
 MOST_IDLE = 4  # buffers: one that is read into, one on its way to a device, as many of another size
 
 
-class HostBuffers:
-    """Makes uninitialised arrays whose memory returns here when the last view of them is gone."""
+class Pins(Protocol):
+    """Makes memory such that devices can read it by themselves: `jmoe.pinned_memory.PinnedMemory`."""
 
-    def __init__(self):
+    def pin(self, memory: mmap.mmap) -> None: ...
+
+    def unpin(self, memory: mmap.mmap) -> None: ...
+
+
+class HostBuffers:
+    """Makes uninitialised arrays whose memory returns here when the last view of them is gone.
+
+    Args:
+      pins: is told of memory when it is made, and before it is given back; None for nobody.
+    """
+
+    def __init__(self, pins: Pins | None = None):
+        self._pins = pins
         self._idle: list[mmap.mmap] = []
         self._lock = threading.Lock()
 
@@ -37,10 +51,23 @@ class HostBuffers:
         with self._lock:  # others only append, at any moment
             fitting = [i for i, memory in enumerate(self._idle) if len(memory) == size]
             found = self._idle.pop(fitting[-1]) if fitting else None
-            del self._idle[:-MOST_IDLE]
+            self._forget(len(self._idle) - MOST_IDLE)
         if found is not None:
             return found
         memory = mmap.mmap(-1, size)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
+        if self._pins is not None:
+            self._pins.pin(memory)
         return memory
+
+    def forget(self) -> None:
+        """Gives back what is idle."""
+        with self._lock:
+            self._forget(len(self._idle))
+
+    def _forget(self, count: int) -> None:
+        for _ in range(count):
+            memory = self._idle.pop(0)
+            if self._pins is not None:
+                self._pins.unpin(memory)

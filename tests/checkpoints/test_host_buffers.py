@@ -58,3 +58,27 @@ def test_other_sizes_get_memory_of_their_own_and_few_are_kept(buffers, monkeypat
 
 def test_small_arrays_are_numpys_own():
     assert HostBuffers().empty((2, 3), BF16).base is None
+
+
+def test_memory_is_pinned_while_it_is_kept(monkeypatch):
+    """Once, however often it is used, and never given back pinned."""
+    monkeypatch.setattr(host_buffers, "SMALLEST", 1024)
+    pinned = []
+
+    class Pins:
+        def pin(self, memory):
+            pinned.append(memory)
+
+        def unpin(self, memory):
+            pinned.remove(memory)
+
+    buffers = HostBuffers(Pins())
+    for _ in range(3):
+        buffers.empty(SHAPE, BF16)
+    assert len(pinned) == 1
+    held = [buffers.empty((n, 1024), BF16) for n in range(1, 8)]
+    del held
+    buffers.empty((9, 1024), BF16)
+    assert len(pinned) == host_buffers.MOST_IDLE + 1
+    buffers.forget()
+    assert pinned == []
