@@ -83,6 +83,15 @@ class CellConfig:
         """Requests that can decode at once."""
         return self.mesh.attention * self.mesh.num_micro_batches * self.rows
 
+    def largest_array_bytes(self, role: str) -> int:
+        """Of the parameters that one device of a role holds: its share of the vocabulary, or of the experts."""
+        m, width = self.model, 4 if self.model.dtype == "float32" else 2
+        head = 0 if role == "expert" else width * m.vocab_size * m.hidden_size // self.mesh.attention_tensor
+        if role == "attention" or self.mesh.placement is None:
+            return head
+        ffn = m.hidden_size * m.expert_ffn_size // self.mesh.expert_tensor
+        return max(head, (1 if m.expert_dtype == "fp8" else width) * self.mesh.placement.max_local_experts * ffn)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a worker's command stream."""
         return dataclasses.asdict(self)

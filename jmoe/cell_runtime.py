@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmoe.cell_config import CellConfig
+from jmoe.checkpoints.host_buffers import HostBuffers
 from jmoe.compiled_programs import Program, load_program, program_key, save_program
 from jmoe.decode_loop import DeviceState, Role
 from jmoe.device_params import HALVES, DeviceParams, ParamSource
@@ -23,12 +24,11 @@ from jmoe.lowering import COMPILER_OPTIONS, AbstractCell, Key, lower_program, on
 from jmoe.models.model import Model
 from jmoe.pallas_kernels.choice import has_hopper
 from jmoe.pallas_kernels.push_plan import TIMED_OUT
-from jmoe.pinned_memory import PinnedMemory
 from jmoe.program_files import ProgramFiles
 from jmoe.sharding.mailboxes import Mailboxes
 from jmoe.sharding.meshes import from_shards, local_devices, program_mesh
 from jmoe.step_inputs import StepLayout
-from jmoe.weights_source import weights_source
+from jmoe.weights_source import place_weights
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class CellRuntime:
 
     def __init__(self, cell: CellConfig, devices: Sequence[jax.Device], role: Role, files: ProgramFiles | None = None):
         self.cell = cell
+        self.buffers = HostBuffers()  # that weights are read into
         # A reference push calls back into this process: such a program can't come back from disk.
         calls_back = cell.mesh.roles_apart and devices[0].platform == "cpu"
         self._files = None if calls_back else files
@@ -95,10 +96,7 @@ class CellRuntime:
             from as the cell keeps them.
           progress: gets a line now and then.
         """
-        with PinnedMemory([device for _, device in self._local]) as pins:
-            if isinstance(source, (str, os.PathLike, Model)):
-                source = weights_source(source, self.cell.model, pins)
-            placed = self._params.place_roles(HALVES[self.role], source, progress)
+        placed = place_weights(source, self._params, HALVES[self.role], self.buffers, progress)
         self.adopt(placed.get("attention", {}), placed.get("expert", {}))
 
     def adopt(self, attention: dict[str, jax.Array], experts: dict[str, jax.Array]) -> None:

@@ -67,7 +67,7 @@ class DeviceParams:
         self.cell = cell
         self.mesh = mesh
         self._local = local_devices(mesh, first_device)
-        self._programs = programs or KeptPrograms([device for _, device in self._local])
+        self._programs = programs or KeptPrograms(self.devices)
         self._lock = threading.Lock()
         self._idle: dict[tuple[jax.Device, tuple[int, ...], np.dtype], jax.Array] = {}
         specs = array_specs(cell.model)
@@ -78,6 +78,11 @@ class DeviceParams:
                     tensor_share(spec.shape, spec.axes, size, 0, spec.block)
                 except ValueError as e:
                     raise ValueError(f"MeshConfig.{role}_tensor: {path}: {e}") from None
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        """This process's."""
+        return [device for _, device in self._local]
 
     def place(self, role: HalfRole, source: ParamSource, progress: Callable[[str], None]) -> dict[str, jax.Array]:
         """Every parameter of a role as an array over the joint mesh, by path; see `place_roles`."""

@@ -34,9 +34,9 @@ class PinnedMemory:
             self._pinned.clear()
 
     def pin(self, memory: mmap.mmap) -> None:
-        """Before the memory is read into; any thread."""
-        if self._client is not None:
-            address = address_of(memory)
+        """Before the memory is read into, as often as one likes; any thread, of one piece of memory one at a time."""
+        address = address_of(memory)
+        if self._client is not None and address not in self._pinned:
             self._client.dma_map(address, len(memory))
             with self._lock:
                 self._pinned.add(address)

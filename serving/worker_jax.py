@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from jmoe.cell_config import CellConfig
+from jmoe.checkpoints.host_buffers import HostBuffers
 
 if TYPE_CHECKING:  # running as __main__, the worker must not be imported a second time
     from jmoe.serving.worker import Runtime
@@ -24,18 +25,20 @@ def start_jax_runtime(init: Mapping[str, Any]) -> "Runtime":
       init: the `init` command: `cell` (CellConfig.to_dict), `role`, `process_id`, `num_processes`, `platform` ("cpu"
         or "gpu"), `num_devices` (of this worker), `local_device_ids` (GPUs to use, None for CPU), `coordinator`
         (HOST:PORT of worker 0, which binds that address alone), `timeout_s` and `compile_cache` (a folder, "auto" or
-        "off").
+        "off"), and `reads_files` (weights will come from a checkpoint folder).
 
     Raises:
       ValueError: other devices came up than the cell needs.
     """
     _set_environment(init["platform"], init["num_devices"])
+    cell, buffers = CellConfig.from_dict(init["cell"]), HostBuffers()
+    if init["platform"] == "gpu" and init["reads_files"]:
+        buffers.prepare(cell.largest_array_bytes(init["role"]))
     if init["platform"] == "gpu":
         threading.Thread(target=_wake_gpus, args=(init["local_device_ids"],), name="wake GPUs", daemon=True).start()
     import jax
 
     _join(jax, init)
-    cell = CellConfig.from_dict(init["cell"])
     with ThreadPoolExecutor(1, "devices") as pool:  # a GPU's backend takes a second, most of it without Python's lock
         starting = pool.submit(_first_devices, jax)
         from jmoe.cell_runtime import CellRuntime
@@ -47,7 +50,9 @@ def start_jax_runtime(init: Mapping[str, Any]) -> "Runtime":
             f"worker {init['process_id']}: expected {init['num_devices']} devices here and {cell.mesh.num_devices} in "
             f"the cell, got {jax.local_device_count()} and {len(devices)} ({devices[0].platform})"
         )
-    return CellRuntime(cell, devices, init["role"], open_program_files(init["compile_cache"]))
+    runtime = CellRuntime(cell, devices, init["role"], open_program_files(init["compile_cache"]))
+    runtime.buffers = buffers
+    return runtime
 
 
 def _join(jax: Any, init: Mapping[str, Any]) -> None:

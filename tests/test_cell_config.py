@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import msgpack
 import pytest
@@ -21,6 +22,22 @@ def test_pages_of_the_longest_sequence(max_len, page_len, max_pages):
 
 def test_slots_of_all_lanes():
     assert CellConfig(AWKWARD, MESH, rows=5).num_slots == 2 * 4 * 5
+
+
+@pytest.mark.parametrize("role", ["attention", "expert", "colocated"])
+def test_the_largest_array_is_the_largest_that_a_role_holds(role):
+    """Against the arrays' own descriptions; both halves' where a role has both."""
+    from jmoe.models.model import array_specs
+
+    halves = dict(zip(("attention", "expert"), array_specs(EVEN), strict=True))
+    cell = CellConfig(EVEN, MeshConfig(1, 2).resolve(EVEN.num_experts))
+    found = [
+        math.prod(spec.shape) * (4 if EVEN.dtype == "float32" else 2) // (1 if name == "attention" else 2)
+        for name, specs in halves.items()
+        if role in (name, "colocated")
+        for spec in specs.values()
+    ]
+    assert cell.largest_array_bytes(role) == max(found)
 
 
 @pytest.mark.parametrize("name", ["rows", "chunk_len", "num_steps", "page_len", "max_len"])

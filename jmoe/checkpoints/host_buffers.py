@@ -2,8 +2,10 @@
 
 Fresh pages cost more than the bytes that are read into them: arrays of 400 MB came out of the page cache at 1.8 to 2.4
 GB/s into new memory and at 4.3 to 4.9 GB/s into memory used before (four threads, two busy cores of a virtual machine).
+So a start may ask for its pages while it has nothing to read yet.
 """
 
+import ctypes
 import math
 import mmap
 import threading
@@ -27,12 +29,12 @@ class Pins(Protocol):
 class HostBuffers:
     """Makes uninitialised arrays whose memory returns here when the last view of them is gone.
 
-    Args:
-      pins: is told of memory when it is made, and before it is given back; None for nobody.
+    Attributes:
+      pins: is told of memory before it is used, and before it is given back; None for nobody.
     """
 
-    def __init__(self, pins: Pins | None = None):
-        self._pins = pins
+    def __init__(self):
+        self.pins: Pins | None = None
         self._idle: list[mmap.mmap] = []
         self._lock = threading.Lock()
 
@@ -43,31 +45,45 @@ class HostBuffers:
             return np.empty(shape, dtype)
         memory = self._take(size)
         # Every view of it, however made, keeps this array alive: the memory behind it is no array's.
-        array = np.frombuffer(memory, np.uint8)
+        array = np.frombuffer(memory, np.uint8, size)
         weakref.finalize(array, self._idle.append, memory).atexit = False
         return array.view(dtype).reshape(shape)
 
-    def _take(self, size: int) -> mmap.mmap:
-        with self._lock:  # others only append, at any moment
-            fitting = [i for i, memory in enumerate(self._idle) if len(memory) == size]
-            found = self._idle.pop(fitting[-1]) if fitting else None
-            self._forget(len(self._idle) - MOST_IDLE)
-        if found is not None:
-            return found
-        memory = mmap.mmap(-1, size)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        if self._pins is not None:
-            self._pins.pin(memory)
-        return memory
+    def prepare(self, num_bytes: int, count: int = MOST_IDLE) -> None:
+        """Makes that many buffers with all their pages; each in a thread of its own, which this doesn't wait for."""
+        for _ in range(count if num_bytes >= SMALLEST else 0):
+            threading.Thread(target=self._make_idle, args=(num_bytes,), name="host pages", daemon=True).start()
 
     def forget(self) -> None:
         """Gives back what is idle."""
         with self._lock:
             self._forget(len(self._idle))
 
+    def _make_idle(self, size: int) -> None:
+        memory = _mapped(size)
+        ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 0, size)  # leaves the interpreter's lock
+        self._idle.append(memory)
+
+    def _take(self, size: int) -> mmap.mmap:
+        with self._lock:  # others only append, at any moment
+            fitting = [(len(memory), i) for i, memory in enumerate(self._idle) if len(memory) >= size]
+            memory = self._idle.pop(min(fitting)[1]) if fitting else None
+            self._forget(len(self._idle) - MOST_IDLE)
+        if memory is None:
+            memory = _mapped(size)
+        if self.pins is not None:
+            self.pins.pin(memory)
+        return memory
+
     def _forget(self, count: int) -> None:
         for _ in range(count):
             memory = self._idle.pop(0)
-            if self._pins is not None:
-                self._pins.unpin(memory)
+            if self.pins is not None:
+                self.pins.unpin(memory)
+
+
+def _mapped(size: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

@@ -9,7 +9,7 @@ import numpy as np
 
 from jmoe.checkpoints.dequantized_files import DequantizedFiles
 from jmoe.checkpoints.hf_names import name_maps
-from jmoe.checkpoints.host_buffers import HostBuffers, Pins
+from jmoe.checkpoints.host_buffers import HostBuffers
 from jmoe.checkpoints.layout import SCALES, Piece
 from jmoe.checkpoints.raw_tensors import RawTensors
 from jmoe.checkpoints.safetensors_reader import TensorFiles
@@ -29,21 +29,23 @@ class CheckpointReader:
     Args:
       folder: a Hugging Face checkpoint folder.
       config: what the model should be; None reads the folder's `config.json`. Give one to read in another dtype.
-      pins: of the memory that large arrays are read into, see `HostBuffers`.
+      buffers: memory that large arrays are read into; None for its own.
 
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: a tensor is missing, or has another shape than `config` says (found when it is read).
     """
 
-    def __init__(self, folder: str | pathlib.Path, config: ModelConfig | None = None, pins: Pins | None = None):
+    def __init__(
+        self, folder: str | pathlib.Path, config: ModelConfig | None = None, buffers: HostBuffers | None = None
+    ):
         self.config = config or ModelConfig.from_hf(folder)
         self.files = TensorFiles(folder)
         self._attention, self._experts = name_maps(self.config, self.files)
         self._dequantized = DequantizedFiles(self.files)
         self._expert_files = self._dequantized if self.config.expert_dtype == "model" else self.files
         self._raw = RawTensors()
-        self._buffers = HostBuffers(pins)
+        self._buffers = buffers or HostBuffers()
         self._dtype = np.dtype(np.float32 if self.config.dtype == "float32" else ml_dtypes.bfloat16)
 
     @property

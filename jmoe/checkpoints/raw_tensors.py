@@ -24,6 +24,8 @@ class RawTensors:
     """Reads whole tensors of the files of one checkpoint folder."""
 
     def __init__(self):
+        self._num_threads = min(MAX_THREADS, 2 * (os.cpu_count() or 1))
+        self._pool = ThreadPoolExecutor(self._num_threads, "read")  # of all arrays under way: no thread before one is
         self._headers: dict[pathlib.Path, tuple[int, dict]] = {}
         self._lock = threading.Lock()
 
@@ -42,12 +44,11 @@ class RawTensors:
         for (path, name), row in zip(tensors, out, strict=True):
             into = memoryview(row.reshape(-1).view(np.uint8))
             jobs += [(path, name, start, into[start : start + CHUNK]) for start in range(0, len(into), CHUNK)]
-        num_threads = min(MAX_THREADS, 2 * (os.cpu_count() or 1), len(jobs))
+        num_threads = min(self._num_threads, len(jobs))
         if num_threads < 2:  # most of a model's arrays are small: they need no threads of their own
             self._read_all(jobs)
             return
-        with ThreadPoolExecutor(num_threads) as pool:
-            list(pool.map(lambda first: self._read_all(jobs[first::num_threads]), range(num_threads)))
+        list(self._pool.map(lambda first: self._read_all(jobs[first::num_threads]), range(num_threads)))
 
     def _read_all(self, jobs: Sequence[tuple[pathlib.Path, str, int, memoryview]]) -> None:
         """Each from its start within a tensor."""

@@ -70,7 +70,8 @@ class ProcessesExecutor:
             hellos = self._supervisor.start()
             for place, hello in zip(self._places, hellos, strict=True):
                 report(f"{place.name}: process {hello['pid']}")
-            self._supervisor.call("init", self._init_payloads(platform, hellos), self._deadlines.init_s)
+            reads_files = not str(checkpoint).startswith(RANDOM_WEIGHTS)
+            self._supervisor.call("init", self._init_payloads(platform, hellos, reads_files), self._deadlines.init_s)
             if cell.mesh.roles_apart:
                 self._join_mailboxes()
             self._load(checkpoint, programs, report)
@@ -155,7 +156,9 @@ class ProcessesExecutor:
     def _same(self, payload: dict[str, Any]) -> list[dict[str, Any]]:
         return [payload] * len(self._places)
 
-    def _init_payloads(self, platform: str, hellos: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _init_payloads(
+        self, platform: str, hellos: Sequence[dict[str, Any]], reads_files: bool
+    ) -> list[dict[str, Any]]:
         """The `init` arguments; the coordinator stands with worker 0, on loopback unless workers are on other hosts."""
         first = self._places[0]
         host = first.address[0] if first.address else "127.0.0.1"
@@ -167,6 +170,7 @@ class ProcessesExecutor:
             "coordinator": coordinator,
             "timeout_s": self._deadlines.init_s,
             "compile_cache": self._compile_cache,
+            "reads_files": reads_files,
         }
         return [
             {

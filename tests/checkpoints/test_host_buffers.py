@@ -1,5 +1,7 @@
 """HostBuffers: memory is used again once nobody can see it, and not before."""
 
+import threading
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -60,25 +62,44 @@ def test_small_arrays_are_numpys_own():
     assert HostBuffers().empty((2, 3), BF16).base is None
 
 
-def test_memory_is_pinned_while_it_is_kept(monkeypatch):
-    """Once, however often it is used, and never given back pinned."""
-    monkeypatch.setattr(host_buffers, "SMALLEST", 1024)
-    pinned = []
+class Pins:
+    def __init__(self):
+        self.pinned = {}
 
-    class Pins:
-        def pin(self, memory):
-            pinned.append(memory)
+    def pin(self, memory):
+        self.pinned[id(memory)] = memory
 
-        def unpin(self, memory):
-            pinned.remove(memory)
+    def unpin(self, memory):
+        del self.pinned[id(memory)]
 
-    buffers = HostBuffers(Pins())
+
+def test_memory_is_pinned_while_it_is_kept(buffers):
+    """However often it is used, and never given back pinned."""
+    buffers.pins = Pins()
     for _ in range(3):
         buffers.empty(SHAPE, BF16)
-    assert len(pinned) == 1
-    held = [buffers.empty((n, 1024), BF16) for n in range(1, 8)]
+    assert len(buffers.pins.pinned) == 1
+    held = [buffers.empty((n, 1024), BF16) for n in range(9, 16)]
+    assert len(buffers.pins.pinned) == 8
     del held
-    buffers.empty((9, 1024), BF16)
-    assert len(pinned) == host_buffers.MOST_IDLE + 1
+    buffers.empty((20, 1024), BF16)
+    assert len(buffers.pins.pinned) == host_buffers.MOST_IDLE + 1
     buffers.forget()
-    assert pinned == []
+    assert not buffers.pins.pinned
+
+
+def test_prepared_memory_serves_smaller_arrays_too(buffers, monkeypatch):
+    buffers.prepare(1 << 20, 2)
+    for thread in threading.enumerate():
+        if thread.name == "host pages":
+            thread.join(10)
+    monkeypatch.setattr(host_buffers, "_mapped", None)  # nothing else may be made
+    one, other = buffers.empty(SHAPE, BF16), buffers.empty((1 << 19,), BF16)
+    one[...], other[...] = 1, 2
+    assert (one == 1).all() and one.shape == SHAPE and address(one) != address(other)
+
+
+def test_little_is_not_prepared():
+    before = threading.active_count()
+    HostBuffers().prepare(host_buffers.SMALLEST - 1)
+    assert threading.active_count() == before
