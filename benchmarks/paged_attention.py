@@ -34,7 +34,7 @@ KNOWN_BANDWIDTH = 3.11e12  # of the H100 whose peers' figures are kept
 
 
 def lengths_of(case: str) -> np.ndarray:
-    rows, context = case.split("x")
+    rows, context = case.split("x", 1)
     rng = np.random.default_rng(0)
     if context != "mix":
         return rng.integers(int(context) // 2, int(context) + 1, int(rows)).astype(np.int32)
