@@ -28,7 +28,8 @@ class CellConfig:
       num_top_logprobs: top tokens whose log-probabilities the sampling programs return.
       kv_dtype: of the KV pages: "auto" for the model's, "fp8" for float8_e4m3fn (numbers beyond 448 are clipped).
       kernels: what attention and expert FFNs run: "pallas" (an error where it can't), "xla", or "auto" for "pallas"
-        where it can and "xla" elsewhere.
+        where it can and "xla" elsewhere. With "pallas" too the few kernels of a decode step and the greedy head stand
+        back where they can't.
     """
 
     model: ModelConfig
@@ -84,13 +85,16 @@ class CellConfig:
         return self.mesh.attention * self.mesh.num_micro_batches * self.rows
 
     def largest_array_bytes(self, role: str) -> int:
-        """Of the parameters that one device of a role holds: its share of the vocabulary, or of the experts."""
-        m, width = self.model, 4 if self.model.dtype == "float32" else 2
-        head = 0 if role == "expert" else width * m.vocab_size * m.hidden_size // self.mesh.attention_tensor
-        if role == "attention" or self.mesh.placement is None:
+        """Of the arrays that are read whole for one device of a role: the vocabulary's, or its node's experts'.
+
+        0 where none is: shares of the vocabulary are cut, and float8 experts may be made of another type.
+        """
+        m, mesh, width = self.model, self.mesh, 4 if self.model.dtype == "float32" else 2
+        head = width * m.vocab_size * m.hidden_size if role != "expert" and mesh.attention_tensor == 1 else 0
+        if role == "attention" or mesh.placement is None or m.expert_dtype == "fp8":
             return head
-        ffn = m.hidden_size * m.expert_ffn_size // self.mesh.expert_tensor
-        return max(head, (1 if m.expert_dtype == "fp8" else width) * self.mesh.placement.max_local_experts * ffn)
+        matrix = width * m.hidden_size * m.expert_ffn_size // mesh.expert_tensor
+        return max(head, mesh.placement.max_local_experts * matrix)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a worker's command stream."""

@@ -65,9 +65,10 @@ def place_weights(
       progress: gets a line now and then.
     """
     with PinnedMemory(params.devices) as buffers.pins:
-        if isinstance(source, (str, os.PathLike, Model)):
-            source = weights_source(source, params.cell.model, buffers)
-        placed = params.place_roles(roles, source, progress)
-        buffers.forget()
-    buffers.pins = None
-    return placed
+        try:
+            if isinstance(source, (str, os.PathLike, Model)):
+                source = weights_source(source, params.cell.model, buffers)
+            return params.place_roles(roles, source, progress)
+        finally:
+            buffers.forget()
+            buffers.pins = None

@@ -1,5 +1,6 @@
 """Starts JAX inside a worker: its environment, its place in jax.distributed, and the cell's runtime on its devices."""
 
+import contextlib
 import ctypes
 import os
 import re
@@ -87,11 +88,13 @@ def _first_devices(jax: Any) -> list[Any]:
 
 
 def _warm(jax: Any) -> None:
+    """What is wrong with a device shows again where its first weight is placed, and is told there."""
     import numpy as np
 
     host = np.zeros((8, 8), np.float32)
-    jax.block_until_ready([jax.device_put(host, device) for device in jax.local_devices()])
-    jax.eval_shape(lambda array: array.transpose()[None], host)
+    with contextlib.suppress(Exception):
+        jax.block_until_ready([jax.device_put(host, device) for device in jax.local_devices()])
+        jax.eval_shape(lambda array: array.transpose()[None], host)
 
 
 def _wake_gpus(device_ids: Sequence[int] | None) -> None:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from small_models import AWKWARD, EVEN
 
+from jmoe import device_params
 from jmoe.cell_config import CellConfig
+from jmoe.checkpoints.quantized_experts import QuantizedExperts
 from jmoe.config import ModelConfig
 from jmoe.device_params import HALVES, ArraySource, DeviceParams
 from jmoe.models.model import array_specs
@@ -197,3 +199,19 @@ def test_after_a_read_that_fails_no_more_is_read():
     with pytest.raises(ValueError, match="expected another file"):
         params.place_roles(HALVES["colocated"], source, lambda _: None)
     assert len(source.reads) < sum(map(len, params.specs.values()))
+
+
+def test_experts_that_are_quantised_on_load_are_placed_with_their_scales(monkeypatch):
+    """A scale is there once its values are made, however many arrays are under way."""
+    monkeypatch.setattr(device_params, "NUM_THREADS", 4)
+    plain = dataclasses.replace(EVEN, hidden_size=256, expert_ffn_size=256, num_layers=2, dense_layers=())
+    cell = CellConfig(dataclasses.replace(plain, expert_dtype="fp8"), MeshConfig.colocate(1).resolve(EVEN.num_experts))
+    params = DeviceParams(cell, joint_mesh(cell.mesh, jax.devices()))
+    source = NumberedSource(plain)
+    placed = params.place_roles(HALVES["colocated"], QuantizedExperts(source), lambda _: None)
+    assert list(placed["expert"]).count("layers.1.gate_scales") == 1
+    for name in ("gate", "up", "down"):
+        pair = (placed["expert"][f"layers.1.{name}_{kind}"][0] for kind in ("proj", "scales"))
+        values, scales = (np.asarray(array, np.float32) for array in pair)
+        whole = values.swapaxes(1, 2) * np.kron(scales, np.ones((128, 128))).swapaxes(1, 2)
+        np.testing.assert_allclose(whole, source.arrays["expert"][f"layers.1.{name}_proj"], rtol=0.07)

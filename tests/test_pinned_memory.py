@@ -56,6 +56,21 @@ def test_cpu_devices_need_none():
         pins.unpin(memory)
 
 
+def test_memory_that_cannot_be_pinned_serves_as_it_is(client, gpus, monkeypatch, caplog):
+    def refuse(address, size):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no more can be pinned")
+
+    one, other = mmap.mmap(-1, 1 << 16), mmap.mmap(-1, 1 << 16)
+    with PinnedMemory(gpus) as pins:
+        pins.pin(one)
+        monkeypatch.setattr(client, "dma_map", refuse)
+        pins.pin(other)
+        pins.pin(other)
+        pins.unpin(other)
+        assert list(client.mapped) == [address_of(one)]
+    assert not client.mapped and [record.levelname for record in caplog.records] == ["WARNING"]
+
+
 @pytest.mark.gpu
 def test_a_gpu_takes_pinned_memory():
     gpus = [d for d in jax.devices() if d.platform == "gpu"]

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 SMALLEST = 16 << 20  # bytes: less is not worth keeping
-MOST_IDLE = 4  # buffers: one that is read into, one on its way to a device, as many of another size
+MOST_IDLE = 4  # buffers: as many as arrays are under way at once
 
 
 class Pins(Protocol):
@@ -52,21 +52,20 @@ class HostBuffers:
     def prepare(self, num_bytes: int, count: int = MOST_IDLE) -> None:
         """Makes that many buffers with all their pages; each in a thread of its own, which this doesn't wait for."""
         for _ in range(count if num_bytes >= SMALLEST else 0):
-            threading.Thread(target=self._make_idle, args=(num_bytes,), name="host pages", daemon=True).start()
+            args = num_bytes, self._idle
+            threading.Thread(target=_make, args=args, name="host pages", daemon=True).start()
 
     def forget(self) -> None:
-        """Gives back what is idle."""
+        """Gives back what is idle, and keeps nothing of what is still in use or being made."""
         with self._lock:
             self._forget(len(self._idle))
-
-    def _make_idle(self, size: int) -> None:
-        memory = _mapped(size)
-        ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 0, size)  # leaves the interpreter's lock
-        self._idle.append(memory)
+            self._idle = []  # what comes later comes to the list that was
 
     def _take(self, size: int) -> mmap.mmap:
         with self._lock:  # others only append, at any moment
-            fitting = [(len(memory), i) for i, memory in enumerate(self._idle) if len(memory) >= size]
+            # A CPU array may be this memory itself, for ever: there no buffer is larger than what it is for.
+            most = size if self.pins is None else math.inf
+            fitting = [(len(memory), i) for i, memory in enumerate(self._idle) if size <= len(memory) <= most]
             memory = self._idle.pop(min(fitting)[1]) if fitting else None
             self._forget(len(self._idle) - MOST_IDLE)
         if memory is None:
@@ -80,6 +79,12 @@ class HostBuffers:
             memory = self._idle.pop(0)
             if self.pins is not None:
                 self.pins.unpin(memory)
+
+
+def _make(size: int, idle: list[mmap.mmap]) -> None:
+    memory = _mapped(size)
+    ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 0, size)  # leaves the interpreter's lock
+    idle.append(memory)
 
 
 def _mapped(size: int) -> mmap.mmap:

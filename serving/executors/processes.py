@@ -70,7 +70,7 @@ class ProcessesExecutor:
             hellos = self._supervisor.start()
             for place, hello in zip(self._places, hellos, strict=True):
                 report(f"{place.name}: process {hello['pid']}")
-            reads_files = not str(checkpoint).startswith(RANDOM_WEIGHTS)
+            reads_files = not (isinstance(checkpoint, str) and checkpoint.startswith(RANDOM_WEIGHTS))
             self._supervisor.call("init", self._init_payloads(platform, hellos, reads_files), self._deadlines.init_s)
             if cell.mesh.roles_apart:
                 self._join_mailboxes()

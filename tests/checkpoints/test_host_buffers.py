@@ -94,6 +94,7 @@ def test_prepared_memory_serves_smaller_arrays_too(buffers, monkeypatch):
         if thread.name == "host pages":
             thread.join(10)
     monkeypatch.setattr(host_buffers, "_mapped", None)  # nothing else may be made
+    buffers.pins = Pins()
     one, other = buffers.empty(SHAPE, BF16), buffers.empty((1 << 19,), BF16)
     one[...], other[...] = 1, 2
     assert (one == 1).all() and one.shape == SHAPE and address(one) != address(other)
