@@ -5,6 +5,8 @@ nobody cleared: each head's first stream clears the head's counters and marks th
 the stream that ends last wipes them. A fill by XLA would be a kernel of its own, 1.5 us.
 """
 
+import functools
+
 from jmoe.pallas_kernels import simt, simt_marks
 from jmoe.pallas_kernels.paged_decode_plan import PIECES, SPARE, TILE_UNITS, UNIT, Decode
 from jmoe.pallas_kernels.simt import WARP, Pointer, Word
@@ -41,10 +43,7 @@ def plan_program(shape: Decode, with_tokens: bool):
         tiles = [(thread * per_thread + i < rows).select(_ceil(units, TILE_UNITS), 0) for i, units in enumerate(mine)]
         total = sum(tiles[1:], start=tiles[0])
         before = simt.warp_sum_before(total, lane)
-        longest = tiles[0]
-        for count in tiles[1:]:
-            longest = _larger(longest, count)
-        longest = simt.warp_largest(longest)
+        longest = simt.warp_largest(functools.reduce(_larger, tiles))
         with simt.when(lane.equals(WARP - 1)):
             words.store(warp + SUMS, before + total)
             words.store(warp + LONGEST, longest)
@@ -55,11 +54,7 @@ def plan_program(shape: Decode, with_tokens: bool):
         sums = [words.load(SUMS + w) for w in range(THREADS // WARP)]
         for w, tiles_of_warp in enumerate(sums):
             before = before + (warp < w + 1).select(0, tiles_of_warp)
-        for w in range(THREADS // WARP):
-            longest = _larger(longest, words.load(LONGEST + w))
-        share = _ceil(sum(sums[1:], start=sums[0]), shape.ranges)
-        whole = _ceil(share, longest) * longest
-        share = (whole < share + share // SPARE + 1).select(whole, share)
+        share = _share(shape, sums, [words.load(LONGEST + w) for w in range(THREADS // WARP)])
         first = simt.block() // shape.num_kv_heads * share
         for i, (units, count) in enumerate(zip(mine, tiles, strict=True)):
             for word, position in ((BEGIN, first), (END, first + share)):
@@ -86,6 +81,14 @@ def _code(shape: Decode, row: Word, units: Word, tile: Word) -> Word:
     tiles = _ceil(_ceil(units, count), TILE_UNITS)
     piece = _ceil(tile, tiles)
     return (piece < _ceil(units, tiles * TILE_UNITS)).select(row * PIECES + piece, (row + 1) * PIECES)
+
+
+def _share(shape: Decode, sums: list[Word], longest: list[Word]) -> Word:
+    """Tiles of a range: an equal part of all, or whole rows of the longest where that leaves few ranges idle."""
+    share = _ceil(sum(sums[1:], start=sums[0]), shape.ranges)
+    row = functools.reduce(_larger, longest)
+    whole = _ceil(share, row) * row
+    return (whole < share + share // SPARE + 1).select(whole, share)
 
 
 def _larger(a: Word, b: Word) -> Word:
