@@ -9,9 +9,9 @@ import numpy as np
 from jmoe.pallas_kernels.block_scaled import BlockScaled
 from jmoe.pallas_kernels.block_scaled_ffn import block_scaled_ffn
 from jmoe.pallas_kernels.choice import by_platform
-from jmoe.pallas_kernels.grouped_blocks import blocks_for, grouped_shape
-from jmoe.pallas_kernels.grouped_matmul import gated_grouped_matmul, grouped_matmul
-from jmoe.pallas_kernels.permute import permute, unpermute
+from jmoe.pallas_kernels.grouped_blocks import blocks_for, expert_blocks, grouped_shape
+from jmoe.pallas_kernels.grouped_matmul import GroupedBlocks, gated_grouped_matmul, grouped_matmul
+from jmoe.pallas_kernels.permute import Permuted, permute, unpermute
 
 Implementation = Literal["xla", "pallas", "reference"]
 ALIGN = 8  # rows that a group starts at a multiple of: TMA takes tiles of 8, and stores of whole tiles need no mask
@@ -97,24 +97,41 @@ def _fits_pallas(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj) -
 
 @jax.custom_vjp
 def _pallas(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj):
-    """permute, two grouped products, unpermute, each a Mosaic GPU kernel (permute: three above 2,048 pairs).
+    """permute, the products, unpermute, each a Mosaic GPU kernel (permute: three above 2,048 pairs)."""
+    values = gate_proj.values if isinstance(gate_proj, BlockScaled) else gate_proj
+    blocks = expert_blocks(values.dtype, local_idx.size, *_shape(gate_proj))
+    return pallas_ffn(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj, blocks)
 
-    With float8 weights one more, which rounds what stands between the products.
-    """
+
+def pallas_ffn(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj, blocks: GroupedBlocks | None):
+    """`expert_ffn` in Mosaic GPU kernels; both products in one, with `blocks`, or for None one after the other."""
+    scaled = isinstance(gate_proj, BlockScaled)
+    permuted = permute(rows, local_idx, gate_proj.shape[0], align=ALIGN, float8=scaled, implementation="pallas")
+    weights = gate_proj, up_proj, down_proj
+    out = _one_by_one(permuted, local_idx.size, *weights) if blocks is None else _at_once(permuted, *weights, blocks)
+    return unpermute(out, permuted.positions, topk_weights, implementation="pallas")
+
+
+def _at_once(permuted: Permuted, gate_proj, up_proj, down_proj, blocks: GroupedBlocks) -> jax.Array:
+    from jmoe.pallas_kernels.expert_products_mosaic import expert_products
+
+    groups = permuted.group_sizes, permuted.group_starts, permuted.scales
+    return expert_products(permuted.rows, gate_proj, up_proj, down_proj, *groups, blocks=blocks)
+
+
+def _one_by_one(permuted: Permuted, pairs: int, gate_proj, up_proj, down_proj) -> jax.Array:
+    """Two kernels, with float8 weights one more, which rounds what stands between them."""
     from jmoe.pallas_kernels.quantize_rows_mosaic import quantize_rows_pallas
 
-    scaled = isinstance(gate_proj, BlockScaled)
-    num_experts, hidden_size, width = _shape(gate_proj)
-    permuted = permute(rows, local_idx, num_experts, align=ALIGN, float8=scaled, implementation="pallas")
     x, sizes = permuted.rows, permuted.group_sizes
+    num_experts, hidden_size, width = _shape(gate_proj)
     groups = {"group_starts": permuted.group_starts, "implementation": "pallas"}
-    pairs = local_idx.size
     wide = blocks_for("gated_grouped_matmul", x.dtype, grouped_shape(pairs, num_experts, hidden_size, width))
     back = blocks_for("grouped_matmul", x.dtype, grouped_shape(pairs, num_experts, width, hidden_size))
     hidden = gated_grouped_matmul(x, gate_proj, up_proj, sizes, rows_scales=permuted.scales, blocks=wide, **groups)
+    scaled = permuted.scales is not None
     hidden, scales = quantize_rows_pallas(hidden) if scaled else (hidden, None)
-    out = grouped_matmul(hidden, down_proj, sizes, rows_scales=scales, blocks=back, older_groups=True, **groups)
-    return unpermute(out, permuted.positions, topk_weights, implementation="pallas")
+    return grouped_matmul(hidden, down_proj, sizes, rows_scales=scales, blocks=back, older_groups=True, **groups)
 
 
 def _pallas_forward(*arguments):

@@ -39,6 +39,22 @@ def blocks_for(op: str, dtype: Any, shape: Mapping[str, int]) -> GroupedBlocks:
     return choose_blocks(shape["rows"], shape["experts"], shape["in"], shape["out"], parts, small)
 
 
+def expert_blocks(dtype: Any, num_rows: int, num_experts: int, hidden: int, width: int) -> GroupedBlocks | None:
+    """Of both products in one kernel: measured ones, else an estimate, or None where two kernels are better."""
+    small = dtype.itemsize == 1
+    shape = {"rows": num_rows, "experts": num_experts, "hidden": hidden, "width": width}
+    found = find_blocks("expert_products", dtype, shape)
+    blocks = choose_blocks(num_rows, num_experts, hidden, width, 2, small) if found is None else GroupedBlocks(**found)
+    if small:
+        depth = 256 if hidden % 256 == 0 and width % 256 == 0 and blocks.block_rows <= 16 else SCALED
+        blocks = GroupedBlocks(blocks.block_rows, SCALED, depth, None, 1)
+    elif blocks.block_out == 64:
+        depth = SCALED if hidden % SCALED == 0 and width % SCALED == 0 else 64
+        blocks = GroupedBlocks(blocks.block_rows, 64, depth, None, 1)
+    fits = width % blocks.block_out == 0 and hidden % (2 * blocks.block_out) == 0
+    return blocks if fits else None
+
+
 @functools.cache
 def choose_blocks(num_rows: int, num_experts: int, num_in: int, num_out: int, parts: int, small: bool) -> GroupedBlocks:
     """The block_rows of least estimated time where rows choose experts evenly; columns that fill the last wave.

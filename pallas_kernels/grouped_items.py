@@ -23,6 +23,7 @@ class Item:
       first: row that its rows start at, a multiple of 8: TMA takes tiles of 8 rows, and would fill zeros in.
       skipped: rows at its begin that aren't meant; meant: rows behind them that are.
       step: steps of this thread block before it.
+      blocks: blocks of rows that the expert has.
     """
 
     expert: Any
@@ -31,6 +32,7 @@ class Item:
     skipped: Any
     meant: Any
     step: Any
+    blocks: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +40,13 @@ class Groups:
     """Where the groups stand, as one warpgroup sees it.
 
     Attributes:
-      num_experts, block_rows, tiles, num_rows: static; tiles: blocks of columns.
+      num_experts, block_rows, num_rows: static.
       sizes, starts: in global memory; starts may be None.
       words: of `line_up_items`, this warpgroup's; None in the interpreter, which has no single threads.
     """
 
     num_experts: int
     block_rows: int
-    tiles: int
     num_rows: int
     sizes: Any
     starts: Any
@@ -55,10 +56,26 @@ class Groups:
         """Reads sizes and starts; before anything else."""
         if self.words is not None:
             groups = (self.sizes,) if self.starts is None else (self.sizes, self.starts)
-            line_up_items(self.num_experts, self.block_rows, self.tiles, self.words, *groups)
+            line_up_items(self.num_experts, self.block_rows, self.words, *groups)
 
-    def walk(self, block: Any, num_sms: int, steps: int, visit: Callable[[Item], None]) -> Any:
-        """visit(item) for every num_sms-th item from the block's first one; returns the steps of all of them."""
+    @property
+    def num_blocks(self) -> Any:
+        """Blocks of rows of all experts; not in the interpreter."""
+        return self.words[0, self.num_experts]
+
+    def walk(
+        self, item: Any, num_sms: int, tiles: int, steps: int, visit: Callable[[Item], None], step: Any = 0
+    ) -> Any:
+        """visit(...) for `item` and every num_sms-th one behind it; returns the steps of this thread block until then.
+
+        Args:
+          item: number of the first.
+          num_sms: thread blocks that take turns.
+          tiles: blocks of columns.
+          steps: of one item.
+          visit: what to do with an item.
+          step: steps of this thread block before.
+        """
 
         def body(state):
             item, (expert, base, size, start), step = state
@@ -70,21 +87,21 @@ class Groups:
             end = jnp.minimum(size + others - row_block * self.block_rows, self.block_rows)
             first = jnp.minimum(begin, self.num_rows - self.block_rows)  # no block reaches behind the last row
             first = pl.multiple_of(first, UNIT)
-            visit(Item(expert, tile, first, begin - first + skipped, end - skipped, step))
+            visit(Item(expert, tile, first, begin - first + skipped, end - skipped, step, blocks))
             item = item + num_sms
-            return item, self._of(item), step + steps
+            return item, self._of(item, tiles), step + steps
 
-        start = (block, self._of(block), jnp.int32(0))
+        start = (item, self._of(item, tiles), jnp.asarray(step, jnp.int32))
         return lax.while_loop(lambda state: state[1][0] < self.num_experts, body, start)[2]
 
-    def _of(self, item: Any) -> tuple[Any, ...]:
+    def _of(self, item: Any, tiles: int) -> tuple[Any, ...]:
         """(expert, its first item, size, start); behind the last item the expert is num_experts."""
         if self.words is None:
-            return self._interpreted(item)
-        expert = find_expert(self.num_experts, self.words, item)
-        return expert, *(self.words[row, expert] for row in range(3))
+            return self._interpreted(item, tiles)
+        expert = find_expert(self.num_experts, tiles, self.words, item)
+        return expert, self.words[0, expert] * tiles, self.words[1, expert], self.words[2, expert]
 
-    def _interpreted(self, item: Any) -> tuple[jax.Array, ...]:
+    def _interpreted(self, item: Any, tiles: int) -> tuple[jax.Array, ...]:
         """The same, an expert after the other."""
 
         def size_and_start(expert, before):
@@ -93,7 +110,7 @@ class Groups:
 
         def items(size, start):
             blocks = lax.div(size + lax.rem(start, jnp.int32(UNIT)) + (self.block_rows - 1), jnp.int32(self.block_rows))
-            return jnp.where(size > 0, blocks * self.tiles, 0)
+            return jnp.where(size > 0, blocks * tiles, 0)
 
         def passes(state):
             expert, base, before = state

@@ -29,7 +29,8 @@ class Product:
     num_in: int
     num_out: int
     num_experts: int
-    parts: int  # 2: gate and up
+    parts: int  # operands of a stage: gate and up, or neighbouring blocks of columns of one
+    gated: bool  # whether the parts are gate and up
     small: bool  # float8
     out_dtype: Any
     blocks: GroupedBlocks
@@ -39,8 +40,22 @@ class Product:
 
     @property
     def share(self) -> int:
-        """Columns of one consumer."""
+        """Columns of one consumer in a part."""
         return self.blocks.block_out // self.blocks.consumers
+
+    @property
+    def steps(self) -> int:
+        """Of an item."""
+        return self.num_in // self.blocks.block_in
+
+    @property
+    def tiles(self) -> int:
+        """Items side by side."""
+        return self.num_out // (self.blocks.block_out * (1 if self.gated else self.parts))
+
+    def column(self, tile: Any, part: int) -> Any:
+        """The first column of an item's part, in the weights."""
+        return (tile if self.gated else tile * self.parts + part) * self.blocks.block_out
 
     @property
     def in_dtype(self) -> Any:
@@ -60,9 +75,13 @@ class Product:
         return () if self.interpret else _transforms(self.out_dtype)
 
     @property
+    def other_bytes(self) -> int:
+        """Of shared memory, beside the stages."""
+        return self.out_bytes + (1 + self.blocks.consumers) * 3 * (self.num_experts + 1) * 4
+
+    @property
     def stages(self) -> int:
-        words = (1 + self.blocks.consumers) * 3 * (self.num_experts + 1) * 4
-        fits = (SMEM_BYTES - self.out_bytes - words) // self.stage_bytes
+        fits = (SMEM_BYTES - self.other_bytes) // self.stage_bytes
         return min(self.blocks.num_stages or fits, fits)
 
 
@@ -100,6 +119,7 @@ def grouped(
         num_out,
         num_experts,
         len(weights),
+        len(weights) == 2,
         small,
         jnp.dtype(out_dtype),
         blocks,
@@ -107,7 +127,7 @@ def grouped(
         interpret,
         older_groups,
     )
-    _check_blocks(shape)
+    check_blocks(shape)
     pad = [None] * (2 - len(weights))
     scales = [*scales, None, None][:2]
     missing = num_rows - rows.shape[0]
@@ -117,10 +137,10 @@ def grouped(
             for x in (rows, row_weights, rows_scales)
         )
     operands = (rows, *values, *pad, group_sizes, group_starts, row_weights, rows_scales, *scales)
-    return _kernel(shape)(*operands)[: num_rows - missing]
+    return kernel(shape)(*operands)[: num_rows - missing]
 
 
-def _check_blocks(shape: Product) -> None:
+def check_blocks(shape: Product) -> None:
     b = shape.blocks
     fits = (
         b.block_rows % 8 == 0
@@ -138,12 +158,10 @@ def _check_blocks(shape: Product) -> None:
         )
 
 
-def _kernel(shape: Product):
-    b, stages, parts = shape.blocks, shape.stages, shape.parts
-    transforms = _transforms(shape.in_dtype)
-    tile = (b.block_out, b.block_in) if shape.small else (b.block_in, b.block_out)
+def kernel(shape: Product):
+    b = shape.blocks
     body = _body(shape)
-    body.__name__ = "gated_grouped_matmul" if parts == 2 else "grouped_matmul"  # what a profiler shows
+    body.__name__ = "gated_grouped_matmul" if shape.gated else "grouped_matmul"  # what a profiler shows
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((shape.rows, shape.num_out), shape.out_dtype),
@@ -152,15 +170,23 @@ def _kernel(shape: Product):
         num_threads=1 + b.consumers,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        scratch_types=[
-            plgpu.SMEM((stages, parts, *tile), shape.in_dtype, transforms=transforms),
-            plgpu.SMEM((stages, b.block_rows, b.block_in), shape.in_dtype, transforms=transforms),
-            plgpu.SMEM((b.consumers, b.block_rows, HALF), shape.out_dtype, transforms=shape.out_transforms),
-            plgpu.SMEM((1 + b.consumers, 3, shape.num_experts + 1), jnp.int32),
-            plgpu.Barrier(num_arrivals=1 + parts, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=b.consumers, num_barriers=stages),
-        ],
+        scratch_types=scratch(shape),
     )
+
+
+def scratch(shape: Product, halves: int = 1) -> list[Any]:
+    """Shared memory: stages of weights and rows, `halves` tiles of a result a consumer, words, full and free."""
+    b, stages = shape.blocks, shape.stages
+    transforms = _transforms(shape.in_dtype)
+    tile = (b.block_out, b.block_in) if shape.small else (b.block_in, b.block_out)
+    return [
+        plgpu.SMEM((stages, shape.parts, *tile), shape.in_dtype, transforms=transforms),
+        plgpu.SMEM((stages, b.block_rows, b.block_in), shape.in_dtype, transforms=transforms),
+        plgpu.SMEM((b.consumers * halves, b.block_rows, HALF), shape.out_dtype, transforms=shape.out_transforms),
+        plgpu.SMEM((1 + b.consumers, 3, shape.num_experts + 1), jnp.int32),
+        plgpu.Barrier(num_arrivals=1 + shape.parts, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=b.consumers, num_barriers=stages),
+    ]
 
 
 def _transforms(dtype: Any) -> tuple[Any, ...]:
@@ -169,9 +195,7 @@ def _transforms(dtype: Any) -> tuple[Any, ...]:
 
 
 def _body(shape: Product):
-    b, stages, parts = shape.blocks, shape.stages, shape.parts
-    steps, tiles = shape.num_in // b.block_in, shape.num_out // b.block_out
-    i32 = jnp.int32
+    b, stages = shape.blocks, shape.stages
 
     def body(
         rows_g, gate_g, up_g, sizes_g, starts_g, row_weights_g, rows_scales_g, gate_scales_g, up_scales_g, out_g,
@@ -179,7 +203,7 @@ def _body(shape: Product):
     ):  # fmt: skip
         block, role = lax.axis_index("sm"), lax.axis_index("wg")
         words = None if shape.interpret else words_s.at[role]
-        groups = Groups(shape.num_experts, b.block_rows, tiles, shape.rows, sizes_g, starts_g, words)
+        groups = Groups(shape.num_experts, b.block_rows, shape.rows, sizes_g, starts_g, words)
 
         def follow():
             """What the kernel before this one wrote is there; the next one may start."""
@@ -187,54 +211,31 @@ def _body(shape: Product):
                 plgpu.griddepcontrol_wait()
                 plgpu.griddepcontrol_launch_dependents()
 
-        def load_weights(item: Item, k, slot):
-            columns, terms = pl.ds(item.tile * b.block_out, b.block_out), pl.ds(k * b.block_in, b.block_in)
-            cells = (item.expert, columns, terms) if shape.small else (item.expert, terms, columns)
-            for part, source in enumerate((gate_g, up_g)[:parts]):
-                plgpu.copy_gmem_to_smem(source.at[cells], weights_s.at[slot, part], full.at[slot])
-
-        def load_rows(item: Item, k, slot):
-            cells = pl.ds(item.first, b.block_rows), pl.ds(k * b.block_in, b.block_in)
-            plgpu.copy_gmem_to_smem(rows_g.at[cells], rows_s.at[slot], full.at[slot])
-
         @pl.when(role == 0)
         def _load():
             if not shape.interpret:
                 plgpu.set_max_registers(40, action="decrease")
-            early = min(stages, steps) if shape.older_groups else 0  # weights that are asked for before rows are there
+            early = min(stages, shape.steps) if shape.older_groups else 0  # weights asked for before rows are there
             if not early:
                 follow()
             groups.line_up()
+            loader = Loader(shape, rows_g, (gate_g, up_g)[: shape.parts], weights_s, rows_s, full, free)
 
             def visit(item: Item):
                 if early:
 
                     @pl.when(item.step == 0)
                     def _():
-                        lax.fori_loop(0, early, lambda k, _: load_weights(item, k, k), None)
+                        lax.fori_loop(0, early, lambda k, _: loader.weights(item, k, k), None)
                         follow()
-                        lax.fori_loop(0, early, lambda k, _: load_rows(item, k, k), None)
+                        lax.fori_loop(0, early, lambda k, _: loader.rows(item, k, k), None)
 
-                def load(k, _):
-                    slot = lax.rem(item.step + k, i32(stages))
+                loader.visit(item, jnp.where(item.step == 0, early, 0))
 
-                    @pl.when(item.step + k >= stages)
-                    def _():
-                        plgpu.barrier_wait(free.at[slot])
-
-                    load_weights(item, k, slot)
-                    load_rows(item, k, slot)
-
-                lax.fori_loop(jnp.where(item.step == 0, early, 0), steps, load, None)
-
-            num_steps = groups.walk(block, shape.num_sms, steps, visit)
+            num_steps = groups.walk(block, shape.num_sms, shape.tiles, shape.steps, visit)
             if early:
                 follow()  # a block without items, too, ends after the kernel before
-            for last in range(1, stages + 1):  # nobody leaves while another may still arrive
-
-                @pl.when(num_steps >= last)
-                def _(last=last):
-                    plgpu.barrier_wait(free.at[lax.rem(num_steps - last, i32(stages))])
+            loader.drain(num_steps)
 
         @pl.when(role > 0)
         def _multiply():
@@ -242,11 +243,65 @@ def _body(shape: Product):
                 plgpu.set_max_registers(232, action="increase")
             follow()
             groups.line_up()
-            scales = (rows_scales_g, (gate_scales_g, up_scales_g)[:parts])
-            multiplier = Multiplier(
-                shape, role - 1, steps, weights_s, rows_s, out_s, full, free, row_weights_g, scales, out_g
-            )
-            groups.walk(block, shape.num_sms, steps, multiplier.visit)
+            scales = (rows_scales_g, (gate_scales_g, up_scales_g)[: shape.parts])
+            multiplier = Multiplier(shape, role - 1, weights_s, rows_s, out_s, full, free, row_weights_g, scales, out_g)
+            groups.walk(block, shape.num_sms, shape.tiles, shape.steps, multiplier.visit)
             plgpu.wait_smem_to_gmem(0)
 
     return body
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """What the first warpgroup does: asks for the stages of one item after the other, some ahead of the consumers.
+
+    Attributes:
+      shape: the `Product`.
+      rows_g: `[rows, in]`; sources: of each part the weights; both in global memory.
+      weights_s, rows_s, full, free: the stages.
+    """
+
+    shape: Product
+    rows_g: Any
+    sources: tuple[Any, ...]
+    weights_s: Any
+    rows_s: Any
+    full: Any
+    free: Any
+
+    def visit(self, item: Item, first_step: Any = 0) -> None:
+        """The item's stages from `first_step` on, each as soon as its place is free."""
+        stages = self.shape.stages
+
+        def load(k, _):
+            slot = lax.rem(item.step + k, jnp.int32(stages))
+
+            @pl.when(item.step + k >= stages)
+            def _():
+                plgpu.barrier_wait(self.free.at[slot])
+
+            self.weights(item, k, slot)
+            self.rows(item, k, slot)
+
+        lax.fori_loop(first_step, self.shape.steps, load, None)
+
+    def weights(self, item: Item, k: Any, slot: Any) -> None:
+        shape, b = self.shape, self.shape.blocks
+        terms = pl.ds(k * b.block_in, b.block_in)
+        for part, source in enumerate(self.sources):
+            columns = pl.ds(shape.column(item.tile, part), b.block_out)
+            cells = (item.expert, columns, terms) if shape.small else (item.expert, terms, columns)
+            plgpu.copy_gmem_to_smem(source.at[cells], self.weights_s.at[slot, part], self.full.at[slot])
+
+    def rows(self, item: Item, k: Any, slot: Any) -> None:
+        b = self.shape.blocks
+        cells = pl.ds(item.first, b.block_rows), pl.ds(k * b.block_in, b.block_in)
+        plgpu.copy_gmem_to_smem(self.rows_g.at[cells], self.rows_s.at[slot], self.full.at[slot])
+
+    def drain(self, num_steps: Any) -> None:
+        """Nobody leaves while another may still arrive."""
+        for last in range(1, self.shape.stages + 1):
+
+            @pl.when(num_steps >= last)
+            def _(last=last):
+                plgpu.barrier_wait(self.free.at[lax.rem(num_steps - last, jnp.int32(self.shape.stages))])

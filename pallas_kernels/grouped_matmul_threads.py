@@ -16,14 +16,14 @@ VECTOR = 16  # bytes of one load or store
 ATOM = 8  # rows and vectors of one tile of 1 KB, which is how far the swizzle of 128 bytes goes
 
 
-def line_up_items(num_experts: int, block_rows: int, tiles: int, words: Any, *groups: Any) -> None:
-    """words[:, e] = (items of the experts before e, size, start); words[0, num_experts] = items of all.
+def line_up_items(num_experts: int, block_rows: int, words: Any, *groups: Any) -> None:
+    """words[:, e] = (blocks of rows of the experts before e, size, start); words[0, num_experts] = those of all.
 
-    An expert has ceil((size + start % 8) / block_rows) * tiles items, if it has a row. By one warpgroup, which then
-    sees them.
+    An expert has ceil((size + start % 8) / block_rows) blocks, if it has a row. By one warpgroup, which then sees
+    them.
 
     Args:
-      num_experts, block_rows, tiles: static.
+      num_experts, block_rows: static.
       words: `[3, num_experts + 1]` int32 in shared memory.
       groups: sizes `[num_experts]` int32 in global memory, and starts; without them a group starts where one ends.
     """
@@ -39,7 +39,7 @@ def line_up_items(num_experts: int, block_rows: int, tiles: int, words: Any, *gr
         counts = []
         for size, begin in zip(held, begins, strict=True):
             blocks = (size + begin % ATOM + (block_rows - 1)) // block_rows
-            counts.append((size >= 1).select(blocks * tiles, 0))
+            counts.append((size >= 1).select(blocks, 0))
         firsts = _sums_before(counts, lane)
         with simt.when((simt.warp() % (simt.BLOCK_THREADS // simt.WARP)).equals(0)):
             for expert, there, *found in zip(experts, inside, firsts, held, begins, strict=True):
@@ -63,8 +63,11 @@ def _sums_before(words: list[simt.Word], lane: simt.Word) -> list[simt.Word]:
     return found
 
 
-def find_expert(num_experts: int, words: Any, item: jax.Array) -> Any:
-    """The expert that `item` is of, by `words` of `line_up_items`; num_experts behind the last item. int32."""
+def find_expert(num_experts: int, tiles: int, words: Any, item: jax.Array) -> Any:
+    """The expert that `item` is of, by `words` of `line_up_items`, of `tiles` items a block of rows; int32.
+
+    num_experts behind the last item.
+    """
     splat = plgpu.Layout.WG_SPLAT(())
     result = plgpu.ShapeDtypeStruct((), jnp.int32, layout=splat)
 
@@ -75,7 +78,7 @@ def find_expert(num_experts: int, words: Any, item: jax.Array) -> Any:
         for start in range(1, num_experts + 1, simt.WARP):
             expert = lane + start
             there = expert < num_experts + 1
-            behind = pointer.load(there.select(expert, 0))
+            behind = pointer.load(there.select(expert, 0)) * tiles
             passed = passed + (there & (item >= behind)).count()
         registers = np.empty((), dtype=object)
         registers[()] = simt.warp_sum(passed).value

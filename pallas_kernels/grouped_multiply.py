@@ -1,6 +1,7 @@
 """What a warpgroup of the grouped products' kernel does with one item: wgmma, SwiGLU, the rows' weights, out."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,7 +27,6 @@ class Multiplier:
     Attributes:
       shape: the `Product`.
       own: number of this consumer.
-      steps: of an item.
       weights_s, rows_s, full, free: the stages of the pipeline.
       out_s: `[consumers, block_rows, HALF]`.
       row_weights_g, out_g: in global memory; scales: (rows' scales, of each part the weights' scales).
@@ -34,7 +34,6 @@ class Multiplier:
 
     shape: Any
     own: Any
-    steps: int
     weights_s: Any
     rows_s: Any
     out_s: Any
@@ -51,17 +50,28 @@ class Multiplier:
     def visit(self, item: Item) -> None:
         """The item's columns of this consumer, HALF at a time."""
         shape, rows = self.shape, self.shape.blocks.block_rows
-        found = (self._scaled_products if shape.small else self._products)(item)
+        found = self.products(item)
         by_row = None if self.row_weights_g is None else self._factors(self.row_weights_g, item.first)
-        for half in range(self.halves):
-            gate, *up = found[half :: self.halves]
-            out = gate / (1 + jnp.exp(-gate)) * up[0] if up else gate
+        for (part, half), out in zip(self._sums(), self.results(found), strict=False):
             if by_row is not None:
                 out = out * lax.broadcast_in_dim(by_row, (HALF, rows), (1,))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             self.out_s.at[self.own].T[...] = plgpu.layout_cast(out.astype(shape.out_dtype), TURNED)
             plgpu.commit_smem()
-            self._store(item, item.tile * shape.blocks.block_out + self.own * shape.share + half * HALF)
+            self._store(item, self._column(item, part, half))
+
+    def products(self, item: Item) -> tuple[Any, ...]:
+        """[HALF, block_rows] float32 for each part and half."""
+        return (self._scaled_products if self.shape.small else self._products)(item)
+
+    def results(self, found: tuple[Any, ...]) -> Iterator[Any]:
+        """Of the products what is said: gate and up as one, neighbouring columns one by one."""
+        for i, gate in enumerate(found[: self.halves] if self.shape.gated else found):
+            yield gate / (1 + jnp.exp(-gate)) * found[self.halves + i] if self.shape.gated else gate
+
+    def _column(self, item: Item, part: int, half: int) -> Any:
+        """The first column of one wgmma, in the weights."""
+        return self.shape.column(item.tile, part) + self.own * self.shape.share + half * HALF
 
     def _columns(self, half: int) -> Any:
         """Columns of one wgmma within a stage."""
@@ -71,8 +81,7 @@ class Multiplier:
         return [(part, half) for part in range(self.shape.parts) for half in range(self.halves)]
 
     def _products(self, item: Item) -> tuple[Any, ...]:
-        """[HALF, block_rows] float32 for each part and half."""
-        stages, steps = jnp.int32(self.shape.stages), self.steps
+        stages, steps = jnp.int32(self.shape.stages), self.shape.steps
 
         def sums(*accs):
             def step(k, _):
@@ -108,13 +117,14 @@ class Multiplier:
         stages, b = jnp.int32(self.shape.stages), self.shape.blocks
         size, sums = (HALF, b.block_rows), self._sums()
         by_row_g, by_block_g = self.scales
-        first = item.tile * b.block_out + self.own * self.shape.share
         at_once = len(sums) if len(sums) * b.block_rows <= 160 else 1  # sums beside their totals in the registers
         in_stage = b.block_in // SCALED
 
         def factors(k):
             """Of 128 terms: by row, and of each sum the weights' block."""
-            blocks = [by_block_g[part][item.expert, lax.div(first + half * HALF, SCALED), k] for part, half in sums]
+            blocks = [
+                by_block_g[part][item.expert, lax.div(self._column(item, part, half), SCALED), k] for part, half in sums
+            ]
             return self._factors(by_row_g, item.first, k), *blocks
 
         def products(slot, part_of_stage, start):
@@ -135,7 +145,7 @@ class Multiplier:
             for n in range(in_stage):
                 by_row, *by_block = ahead
                 # Asked for 128 terms before they are needed.
-                ahead = factors(jnp.minimum(k * in_stage + n + 1, self.steps * in_stage - 1))
+                ahead = factors(jnp.minimum(k * in_stage + n + 1, self.shape.steps * in_stage - 1))
                 if n == 0:
                     plgpu.barrier_wait(self.full.at[slot])
                 for start in range(0, len(sums), at_once):
@@ -147,7 +157,7 @@ class Multiplier:
             return tuple(totals), ahead
 
         none = plgpu.layout_cast(jnp.zeros(size, jnp.float32), LAYOUT)
-        return lax.fori_loop(0, self.steps, step, ((none,) * len(sums), factors(0)))[0]
+        return lax.fori_loop(0, self.shape.steps, step, ((none,) * len(sums), factors(0)))[0]
 
     def _store(self, item: Item, column: Any) -> None:
         """The tile in out_s to rows of the group and columns from `column` on."""

@@ -65,6 +65,10 @@ class Word:
     def __or__(self, other):
         return Word(arith.ori(self.value, raw(other)))
 
+    def differ(self, other):
+        """The bits that differ."""
+        return Word(arith.xori(self.value, raw(other)))
+
     def __lt__(self, other):
         return Word(arith.cmpi(arith.CmpIPredicate.slt, self.value, raw(other)))
 

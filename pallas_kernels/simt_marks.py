@@ -16,7 +16,8 @@ MAX_POLLS = 1 << 22  # seconds; then the kernel fails
 
 def run(text: str, operands: list, kinds: str) -> None:
     """PTX without a result."""
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, kinds + ",~{memory}", has_side_effects=True)
+    kinds = ",".join(filter(None, (kinds, "~{memory}")))
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, kinds, has_side_effects=True)
 
 
 def mark(pointer: Pointer) -> None:
@@ -46,3 +47,26 @@ def add(pointer: Pointer, index: Word | int, count: Word | int) -> Word:
     text = "atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;"
     operands = [pointer.at(index, simt.i32()), simt.raw(count)]
     return Word(llvm.inline_asm(simt.i32(), operands, text, "=r,l,r,~{memory}", has_side_effects=True))
+
+
+def wait_for(pointer: Pointer, index: Word, least: Word) -> None:
+    """Until a word, which others add to, is at least `least`, both unsigned; fails after seconds. One thread."""
+    text = (
+        f"{{ .reg .pred p, late; .reg .b32 a, left; mov.b32 left, {MAX_POLLS};\n"
+        "WAIT: ld.acquire.gpu.global.b32 a, [$0]; sub.u32 left, left, 1; setp.eq.u32 late, left, 0; @late trap;\n"
+        "setp.lt.u32 p, a, $1; @p bra WAIT; }"
+    )
+    run(text, [pointer.at(index, simt.i32()), simt.raw(least)], "l,r")
+
+
+def add_if(condition: Word, pointer: Pointer, index: Word | int, count: Word | int) -> None:
+    """As `add`, of the threads whose bit is set, without a branch: wgmma behind one would wait for each product."""
+    text = (
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p fence.acq_rel.gpu; @p red.release.gpu.global.add.u32 [$0], $1; }"
+    )
+    run(text, [pointer.at(index, simt.i32()), simt.raw(count), condition.count().value], "l,r,r")
+
+
+def publish() -> None:
+    """Between a thread's own loads and stores and those of TMA, either way: every thread, beside a barrier."""
+    run("fence.proxy.async;", [], "")

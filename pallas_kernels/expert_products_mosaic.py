@@ -1,0 +1,205 @@
+"""Both products of the expert FFN in one kernel on Hopper, so that the memory never stands idle between them.
+
+One thread block an SM walks over the items of the gated product and then, its loads running on, over those of the down
+product (`grouped_matmul_mosaic` says how an item is done; a stage holds gate and up, or two neighbouring blocks of
+columns of down). The rows of a down item are there once all gated items of its expert are done, which is counted in
+memory; items are taken in the order of the experts, so few ever wait: the first expert's are done long before.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jmoe.pallas_kernels import expert_products_share as sharing
+from jmoe.pallas_kernels import grouped_matmul_mosaic as products
+from jmoe.pallas_kernels import simt
+from jmoe.pallas_kernels.block_scaled import quantize_rows
+from jmoe.pallas_kernels.grouped_blocks import NUM_SMS
+from jmoe.pallas_kernels.grouped_items import Groups, Item
+from jmoe.pallas_kernels.grouped_matmul import SCALED, GroupedBlocks
+from jmoe.pallas_kernels.grouped_matmul_mosaic import Loader, Product
+from jmoe.pallas_kernels.grouped_multiply import HALF, Multiplier
+
+
+def expert_products(
+    rows, gate_proj, up_proj, down_proj, group_sizes, group_starts, rows_scales=None, *, blocks, num_sms=NUM_SMS,
+    interpret=False,
+):  # fmt: skip
+    """down[e](silu(x gate[e]) * (x up[e])) for the rows of each group, `group_starts[e]` on; see `grouped_matmul`.
+
+    Args:
+      rows: `[rows, D]` bfloat16, or float8_e4m3fn with scales; a multiple of 8 rows.
+      gate_proj, up_proj, down_proj: `[E, D, F]` twice and `[E, F, D]`, or `BlockScaled` of float8.
+      group_sizes, group_starts: `[E]` int32.
+      rows_scales: `[rows, D / 128]` float32 or None.
+      blocks: `GroupedBlocks`; a down item has 2 * block_out columns. With float8 128 columns a consumer.
+      num_sms: thread blocks; all of them must be able to run at once.
+      interpret: run by the interpreter, which has no atomics: as two kernels.
+
+    Returns:
+      `[rows, D]` bfloat16; rows of no group: anything. Between the products stands bfloat16, with float8 rounded once
+      more as `quantize_rows` does.
+    """
+    shape = shape_of(rows, gate_proj, down_proj, blocks, num_sms, interpret)
+    small = shape.gated.small
+    gate, up, down = (w.values if small else w for w in (gate_proj, up_proj, down_proj))
+    scales = [w.scales if small else None for w in (gate_proj, up_proj, down_proj)]
+    if not interpret:
+        return _kernel(shape)(rows, gate, up, down, group_sizes, group_starts, rows_scales, *scales)[2]
+    groups = group_sizes, group_starts, None
+    hidden = products.kernel(shape.gated)(rows, gate, up, *groups, rows_scales, *scales[:2])
+    hidden, rows_scales = quantize_rows(hidden) if small else (hidden, None)
+    return products.kernel(shape.down)(hidden, down, down, *groups, rows_scales, scales[2], scales[2])
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The two products, of equal stages."""
+
+    gated: Product
+    down: Product
+
+    @property
+    def halves(self) -> int:
+        """Tiles of a result that a consumer holds at once: of float8, 128 columns have one scale."""
+        return SCALED // HALF if self.gated.small else 1
+
+
+def shape_of(rows: Any, gate: Any, down: Any, blocks: GroupedBlocks, num_sms: int, interpret: bool) -> Shape:
+    """What is fixed when the kernel is compiled; raises ValueError for blocks that don't fit."""
+    small = rows.dtype.itemsize == 1
+    (num_experts, *_), (num_rows, hidden) = gate.shape, rows.shape
+    width = gate.shape[1] if small else gate.shape[2]
+    common = {"parts": 2, "small": small, "out_dtype": jnp.dtype(jnp.bfloat16), "num_sms": num_sms,
+              "interpret": interpret, "older_groups": False}  # fmt: skip
+    gated = Product(num_rows, hidden, width, num_experts, gated=True, blocks=blocks, **common)
+    more = gated.out_bytes * (SCALED // HALF - 1) if small else 0  # of shared memory, for float8's wider results
+    stages = min(gated.stages, (products.SMEM_BYTES - more - gated.other_bytes) // gated.stage_bytes)
+    blocks = dataclasses.replace(blocks, num_stages=stages)
+    gated = dataclasses.replace(gated, blocks=blocks)
+    shape = Shape(gated, Product(num_rows, width, hidden, num_experts, gated=False, blocks=blocks, **common))
+    products.check_blocks(shape.gated)
+    products.check_blocks(shape.down)
+    if small and gated.share != SCALED:
+        raise ValueError(f"expert_ffn: expected {SCALED} columns a consumer with float8, got {blocks}")
+    return shape
+
+
+def _kernel(shape: Shape):
+    gated, down, b = shape.gated, shape.down, shape.gated.blocks
+    scales = jax.ShapeDtypeStruct((gated.rows, gated.num_out // SCALED), jnp.float32) if gated.small else None
+    body = _body(shape)
+    body.__name__ = "expert_products"  # what a profiler shows
+    return plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((gated.rows, gated.num_out), gated.in_dtype),
+            scales,
+            jax.ShapeDtypeStruct((down.rows, down.num_out), down.out_dtype),
+            jax.ShapeDtypeStruct((sharing.num_counters(gated.num_experts),), jnp.int32),
+        ),
+        grid=(gated.num_sms,),
+        grid_names=("sm",),
+        num_threads=1 + b.consumers,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        scratch_types=products.scratch(gated, shape.halves),
+    )
+
+
+def _body(shape: Shape):
+    gated, down, b = shape.gated, shape.down, shape.gated.blocks
+    arrivals = b.consumers * gated.tiles  # of a block of rows
+
+    def body(
+        rows_g, gate_g, up_g, down_g, sizes_g, starts_g, rows_scales_g, gate_scales_g, up_scales_g, down_scales_g,
+        hidden_g, hidden_scales_g, out_g, counters_g, weights_s, rows_s, out_s, words_s, full, free,
+    ):  # fmt: skip
+        block, role = lax.axis_index("sm"), lax.axis_index("wg")
+        groups = Groups(gated.num_experts, b.block_rows, gated.rows, sizes_g, starts_g, words_s.at[role])
+        stages = weights_s, rows_s, full, free
+
+        def walk(visit_gated, visit_down):
+            """Every num_sms-th item, on over the seam; returns the steps of all."""
+            groups.line_up()
+            steps = groups.walk(block, gated.num_sms, gated.tiles, gated.steps, visit_gated)
+            others = lax.rem(groups.num_blocks * gated.tiles, jnp.int32(gated.num_sms))
+            first = lax.rem(block - others + gated.num_sms, jnp.int32(gated.num_sms))
+            return groups.walk(first, down.num_sms, down.tiles, down.steps, visit_down, steps)
+
+        def wait_for(item: Item):
+            """Until the rows of a down item are there."""
+            simt.program(sharing.wait_program, counters_g, words=(item.expert, item.blocks * arrivals))
+
+        @pl.when(role == 0)
+        def _load():
+            plgpu.set_max_registers(40, action="decrease")
+            simt.follow()
+            loaders = Loader(gated, rows_g, (gate_g, up_g), *stages), Loader(down, hidden_g, (down_g, down_g), *stages)
+
+            def load_down(item: Item):
+                wait_for(item)
+                loaders[1].visit(item)
+
+            loaders[1].drain(walk(loaders[0].visit, load_down))
+
+        @pl.when(role > 0)
+        def _multiply():
+            plgpu.set_max_registers(232, action="increase")
+            simt.follow()
+
+            @pl.when((block == 0) & (role == 1))
+            def _():
+                simt.program(sharing.open_program(gated.num_experts), counters_g)
+
+            simt.program(sharing.meet_program, counters_g)
+            given = role - 1, weights_s, rows_s, out_s, full, free, None
+            first = HiddenMultiplier(gated, *given, (rows_scales_g, (gate_scales_g, up_scales_g)), hidden_g)
+            first = dataclasses.replace(first, hidden_scales_g=hidden_scales_g, counters_g=counters_g)
+            second = Multiplier(down, *given, (hidden_scales_g, (down_scales_g, down_scales_g)), out_g)
+
+            def multiply_down(item: Item):
+                if down.small:
+                    wait_for(item)  # the rows' scales are read past the pipeline
+                second.visit(item)
+
+            walk(first.visit, multiply_down)
+            plgpu.wait_smem_to_gmem(0)
+            simt.program(sharing.leave_program(b.consumers * gated.num_sms), counters_g)
+
+    return body
+
+
+@dataclasses.dataclass(frozen=True)
+class HiddenMultiplier(Multiplier):
+    """A consumer in the gated product, which says of each item that its rows are there."""
+
+    hidden_scales_g: Any = None
+    counters_g: Any = None
+
+    def visit(self, item: Item) -> None:
+        if self.shape.small:
+            self._visit_scaled(item)
+        else:
+            super().visit(item)
+            plgpu.wait_smem_to_gmem(0)
+        simt.program(sharing.arrive_program, self.counters_g, words=(item.expert,))
+
+    def _visit_scaled(self, item: Item) -> None:
+        """128 columns, rounded to float8 with a scale a row."""
+        found = self.products(item)
+        for half, out in enumerate(self.results(found)):
+            tile = self.out_s.at[self.own * self.halves + half]
+            tile.T[...] = plgpu.layout_cast(out.astype(self.shape.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.commit_smem()
+        tiles = self.out_s.at[pl.ds(self.own * self.halves, self.halves)]
+        column = self._column(item, 0, 0)
+        sharing.store_float8(
+            tiles, self.out_g, self.hidden_scales_g, self.shape.out_transforms, item.first, item.skipped, item.meant,
+            column,
+        )  # fmt: skip

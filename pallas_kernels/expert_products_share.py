@@ -1,0 +1,131 @@
+"""What the thread blocks of `expert_products` tell each other, and how they leave rows for each other.
+
+An expert's counter says how many of its gated items are done. The counters stand in memory that nobody cleared: the
+first block clears and marks them, the others wait for the marks, the last to end wipes them (see `simt_marks`).
+"""
+
+from typing import Any
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jmoe.pallas_kernels import simt, simt_marks
+from jmoe.pallas_kernels import simt_floats as floats
+from jmoe.pallas_kernels.block_scaled import BLOCK, LARGEST, SMALLEST_AMAX
+from jmoe.pallas_kernels.simt import Pointer, Word
+
+DONE, ARRIVED = 2, 4  # behind the marks: consumers that ended; of each expert the items that are done
+ATOM = 8  # rows, and vectors of 16 bytes, of one tile of 1 KB: how far the swizzle of 128 bytes goes
+
+
+def num_counters(num_experts: int) -> int:
+    return ARRIVED + num_experts
+
+
+def _thread() -> Word:
+    """This thread's number in its warpgroup."""
+    return simt.thread() % simt.BLOCK_THREADS
+
+
+def open_program(num_experts: int):
+    """One warpgroup of all clears the counters and marks them: `program(counters)`."""
+
+    def program(counters: Pointer) -> None:
+        for i in range(DONE, num_counters(num_experts), simt.BLOCK_THREADS):
+            with simt.when(_thread() + i < num_counters(num_experts)):
+                counters.store(_thread() + i, 0)
+        simt.barrier()
+        with simt.when(_thread().equals(0)):
+            simt_marks.mark(counters)
+
+    return program
+
+
+def arrive_program(counters: Pointer, expert: Word) -> None:
+    """All that this warpgroup stored for an item of the expert is there, for TMA too."""
+    simt_marks.publish()
+    simt.barrier()
+    simt_marks.add_if(_thread().equals(0), counters, expert + ARRIVED, 1)
+
+
+def wait_program(counters: Pointer, expert: Word, items: Word) -> None:
+    """Until `items` of the expert are done; then what they stored can be read, by TMA too."""
+    with simt.when(_thread().equals(0)):
+        simt_marks.wait(counters)
+        simt_marks.wait_for(counters, expert + ARRIVED, items)
+    simt.barrier()
+    simt_marks.publish()
+
+
+def meet_program(counters: Pointer) -> None:
+    """Until the counters are cleared."""
+    with simt.when(_thread().equals(0)):
+        simt_marks.wait(counters)
+    simt.barrier()
+
+
+def leave_program(consumers: int):
+    """The last consumer of all wipes the marks: `program(counters)`, once it counts nothing more."""
+
+    def program(counters: Pointer) -> None:
+        simt.barrier()
+        with simt.when(_thread().equals(0)):
+            with simt.when(simt_marks.add(counters, DONE, 1).equals(consumers - 1)):
+                simt_marks.wipe(counters)
+
+    return program
+
+
+def store_float8(tiles: Any, target: Any, scales: Any, transforms: Any, *scalars: jax.Array) -> None:
+    """target[first + n, column + c] = float8(tiles[c // 64, n, c % 64] / scale), scales[first + n, column / 128] = scale.
+
+    For n in skipped .. skipped + meant - 1; the scale as `quantize_rows` has it. 16 lanes take a row.
+
+    Args:
+      tiles: `[2, rows, 64]` bfloat16 in shared memory, in tiles of 8 rows of 128 bytes, swizzled.
+      target: `[rows, out]` float8_e4m3fn; scales: `[rows, out / 128]` float32; in global memory.
+      transforms: of the tiles.
+      scalars: first, skipped, meant, column; int32.
+    """
+    splat = plgpu.Layout.WG_SPLAT(())
+    refs = plgpu.RefType(transforms), plgpu.RefType(), plgpu.RefType()
+    rows = tiles.shape[1]
+
+    @plgpu.inline_mgpu(arg_types=(*refs, *[splat] * len(scalars)))
+    def inlined(_ctx, tiles_s, target_g, scales_g, *values):
+        given = [simt.Word(value.registers.flat[0]) for value in values]
+        pointers = [simt.Pointer.of(ref) for ref in (tiles_s, target_g, scales_g)]
+        _store_float8(rows, target_g.type.shape[1], *pointers, *given)
+
+    inlined(tiles, target, scales, *scalars)
+
+
+def _store_float8(
+    rows: int, width: int, tiles: Pointer, target: Pointer, scales: Pointer, first: Word, skipped: Word, meant: Word,
+    column: Word,
+) -> None:  # fmt: skip
+    """`store_float8`, thread by thread; a row of 128 columns is 16 vectors of 8."""
+    lanes, at_once = BLOCK // 8, simt.BLOCK_THREADS * 8 // BLOCK
+    lane = _thread() % lanes
+    half, inside = lane // ATOM, lane % ATOM
+
+    def store(i):
+        last = meant - 1
+        n = i + _thread() // lanes
+        n = skipped + (n < last).select(n, last)  # a warp stays together: the last row may be stored twice
+        vector = tiles.load_vector(
+            half * (rows * ATOM) + n // ATOM * (ATOM * ATOM) + n % ATOM * ATOM + inside.differ(n % ATOM),
+            8,
+            simt.element_type("bfloat16"),
+        )
+        each = floats.Floats.of(vector).each()
+        amax = floats.warp_reduce(floats.largest_magnitude(each), lambda a, b: a.maximum(b), lanes)
+        scale = amax.maximum(SMALLEST_AMAX).times(1 / LARGEST)
+        inverse = scale.reciprocal()
+        packed = floats.float8_vector([v * inverse for v in each])
+        target.skip(first + n, width).store_vector(column // 8 + lane, packed, 8)
+        with simt.when(lane.equals(0)):
+            scale.store(scales.skip(first + n, width // BLOCK * 4), column // BLOCK)
+        return []
+
+    simt.loop(0, meant, at_once, [], store)

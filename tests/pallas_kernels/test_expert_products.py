@@ -1,0 +1,117 @@
+"""Both products of the expert FFN in one kernel: by the interpreter as two kernels, whole ahead of time and on a GPU."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from imaginary_gpus import imaginary_gpus
+
+from jmoe.pallas_kernels.block_scaled import quantize_blocks, quantize_rows
+from jmoe.pallas_kernels.grouped_matmul import GroupedBlocks
+
+interpreted = pytest.mark.skipif(
+    importlib.util.find_spec("jax._src.pallas.mosaic_gpu.interpret.params") is None or jax.__version_info__ < (0, 11),
+    reason="jax 0.10.2's interpreter lacks layout_cast",
+)
+BF16 = [GroupedBlocks(8, 64, 64, None, 1), GroupedBlocks(16, 128, 64, None, 2)]
+FLOAT8 = [GroupedBlocks(8, 128, 128, None, 1), GroupedBlocks(16, 256, 128, None, 2)]
+
+
+def arrays(sizes, hidden, width, *, small=False, seed=0):
+    """(rows, gate, up, down, sizes, starts) and float8's scales; NaN in rows of no group."""
+    rng = np.random.default_rng(seed)
+    sizes = np.asarray(sizes, np.int32)
+    spans = -(-sizes // 8) * 8
+    starts = (np.cumsum(spans) - spans).astype(np.int32)
+    rows = np.full((int(spans.sum()) + 16, hidden), np.nan, np.float32)
+    for start, size in zip(starts, sizes, strict=True):
+        rows[start : start + size] = rng.normal(size=(size, hidden))
+    shapes = ((len(sizes), hidden, width),) * 2 + ((len(sizes), width, hidden),)
+    weights = [jnp.asarray(rng.normal(size=s) * s[1] ** -0.5, jnp.bfloat16) for s in shapes]
+    groups = jnp.asarray(sizes), jnp.asarray(starts)
+    if not small:
+        return jnp.asarray(rows, jnp.bfloat16), *weights, *groups, None
+    weights = [jax.jit(quantize_blocks)(jnp.swapaxes(w, 1, 2)) for w in weights]
+    values, scales = jax.jit(quantize_rows)(jnp.asarray(np.nan_to_num(rows), jnp.bfloat16))
+    return values, *weights, *groups, scales
+
+
+def truth(rows, gate, up, down, sizes, starts, scales):
+    """float64 of the same numbers, what stands between the products too, but for float8's second rounding."""
+    x = np.asarray(rows, np.float64)
+    if scales is not None:
+        x *= np.repeat(np.asarray(scales, np.float64), 128, axis=1)
+        gate, up, down = (np.swapaxes(jax.jit(lambda w: w.dequantize())(w), 1, 2) for w in (gate, up, down))
+    gate, up, down = (np.asarray(w, np.float64) for w in (gate, up, down))
+    out, heard = np.zeros((len(x), down.shape[2])), np.zeros(len(x), bool)
+    for e, (size, start) in enumerate(zip(np.asarray(sizes), np.asarray(starts), strict=True)):
+        own = slice(start, start + size)
+        g = x[own] @ gate[e]
+        out[own], heard[own] = (g / (1 + np.exp(-g)) * (x[own] @ up[e])) @ down[e], True
+    return out, heard
+
+
+def error(got, want, heard):
+    got = np.asarray(got, np.float64)[heard]
+    return np.linalg.norm(got - want[heard]) / max(np.linalg.norm(want[heard]), 1e-9)
+
+
+@pytest.mark.aot
+@interpreted
+@pytest.mark.parametrize(("small", "blocks"), [(False, BF16[0]), (False, BF16[1]), (True, FLOAT8[0])])
+def test_interpreted(small, blocks):
+    from jax._src.pallas.mosaic_gpu.interpret import params
+
+    from jmoe.pallas_kernels.expert_products_mosaic import expert_products
+
+    made = arrays([3, 0, 17], 256, 128, small=small)
+    with params.force_gpu_interpret_mode():
+        got = expert_products(*made, blocks=blocks, num_sms=3, interpret=True)
+    assert error(got, *truth(*made)) < (5e-2 if small else 5e-3)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("small", "blocks"), [(False, b) for b in BF16] + [(True, b) for b in FLOAT8])
+def test_compiles_for_a_gpu_that_is_not_there(small, blocks):
+    from jmoe.pallas_kernels.expert_products_mosaic import expert_products
+
+    device = jax.sharding.SingleDeviceSharding(imaginary_gpus(1)[0])
+    made = arrays([3, 0, 17, 1], 512, 256, small=small)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), made)
+    lowered = jax.jit(lambda *a: expert_products(*a, blocks=blocks)).trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert lowered.compile().as_text().count('custom_call_target="mosaic_gpu') == 1
+
+
+@pytest.mark.parametrize(
+    ("blocks", "small", "said"),
+    [
+        (GroupedBlocks(8, 192, 64, None, 1), False, "block_out"),
+        (GroupedBlocks(8, 64, 96, None, 1), False, "block_in"),
+        (GroupedBlocks(8, 128, 128, None, 2), True, "128 columns a consumer"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(blocks, small, said):
+    from jmoe.pallas_kernels.expert_products_mosaic import expert_products
+
+    with pytest.raises(ValueError, match=said):
+        expert_products(*arrays([3, 0, 17, 1], 256, 128, small=small), blocks=blocks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("small", "blocks"), [(False, b) for b in BF16] + [(True, b) for b in FLOAT8])
+@pytest.mark.parametrize(
+    "sizes", [[3, 0, 17, 1, 8, 0, 40, 5], [0] * 7 + [300], [90] + [0] * 7, [0] * 8, [9] * 64], ids=str
+)
+def test_on_the_device(small, blocks, sizes):
+    """Against float64; the same bits from run to run, over memory that held marks and counters of others."""
+    from jmoe.pallas_kernels.expert_products_mosaic import expert_products
+
+    made = arrays(sizes, 1024, 768, small=small)
+    run = jax.jit(lambda *a: expert_products(*a, blocks=blocks))
+    outs = [np.asarray(run(*made), np.float32) for _ in range(20)]
+    want, heard = truth(*made)
+    assert error(outs[0], want, heard) < (6e-2 if small else 5e-3)
+    for out in outs[1:]:
+        np.testing.assert_array_equal(out[heard], outs[0][heard])
