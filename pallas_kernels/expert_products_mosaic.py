@@ -1,12 +1,14 @@
 """Both products of the expert FFN in one kernel on Hopper, so that the memory never stands idle between them.
 
-One thread block an SM walks over the items of the gated product and then, its loads running on, over those of the down
-product (`grouped_matmul_mosaic` says how an item is done; a stage holds gate and up, or two neighbouring blocks of
-columns of down). The rows of a down item are there once all gated items of its expert are done, which is counted in
-memory; items are taken in the order of the experts, so few ever wait: the first expert's are done long before.
+One thread block an SM takes items of the gated product and then, its loads running on, those of the down product
+(`grouped_matmul_mosaic` says how an item is done; a stage holds gate and up, or two neighbouring blocks of columns of
+down). Who comes first takes the next item: shared out in turn, some blocks would read 5 % more than others and end last.
+The rows of a down item are there once all gated items of its expert are done, which is counted in memory; items are
+taken in the order of the experts, so few ever wait: the first expert's are done long before.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -69,6 +71,11 @@ class Shape:
         """Tiles of a result that a consumer holds at once: of float8, 128 columns have one scale."""
         return SCALED // HALF if self.gated.small else 1
 
+    @property
+    def queue(self) -> int:
+        """Items that the loads may be ahead of the products, and two: each has a stage or more."""
+        return self.gated.stages + 2
+
 
 def shape_of(rows: Any, gate: Any, down: Any, blocks: GroupedBlocks, num_sms: int, interpret: bool) -> Shape:
     """What is fixed when the kernel is compiled; raises ValueError for blocks that don't fit."""
@@ -108,29 +115,36 @@ def _kernel(shape: Shape):
         num_threads=1 + b.consumers,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        scratch_types=products.scratch(gated, shape.halves),
+        scratch_types=[
+            *products.scratch(gated, shape.halves),
+            plgpu.SMEM((shape.queue,), jnp.int32),
+            plgpu.Barrier(num_barriers=shape.queue),
+        ],
     )
 
 
 def _body(shape: Shape):
     gated, down, b = shape.gated, shape.down, shape.gated.blocks
     arrivals = b.consumers * gated.tiles  # of a block of rows
+    ask = sharing.ask_program(gated.num_sms)
 
     def body(
         rows_g, gate_g, up_g, down_g, sizes_g, starts_g, rows_scales_g, gate_scales_g, up_scales_g, down_scales_g,
-        hidden_g, hidden_scales_g, out_g, counters_g, weights_s, rows_s, out_s, words_s, full, free,
+        hidden_g, hidden_scales_g, out_g, counters_g, weights_s, rows_s, out_s, words_s, full, free, queue_s, queued,
     ):  # fmt: skip
         block, role = lax.axis_index("sm"), lax.axis_index("wg")
         groups = Groups(gated.num_experts, b.block_rows, gated.rows, sizes_g, starts_g, words_s.at[role])
         stages = weights_s, rows_s, full, free
 
-        def walk(visit_gated, visit_down):
-            """Every num_sms-th item, on over the seam; returns the steps of all."""
+        def walk(advance, visit_gated, visit_down):
+            """The block's items; returns the steps of all."""
             groups.line_up()
-            steps = groups.walk(block, gated.num_sms, gated.tiles, gated.steps, visit_gated)
-            others = lax.rem(groups.num_blocks * gated.tiles, jnp.int32(gated.num_sms))
-            first = lax.rem(block - others + gated.num_sms, jnp.int32(gated.num_sms))
-            return groups.walk(first, down.num_sms, down.tiles, down.steps, visit_down, steps)
+            state = groups.walk(gated.tiles, gated.steps, visit_gated, advance, (block, 0, 0))
+            before = groups.num_blocks * gated.tiles
+            return groups.walk(down.tiles, down.steps, visit_down, advance, state, before)[2]
+
+        def place(count):
+            return lax.rem(count, jnp.int32(shape.queue))
 
         def wait_for(item: Item):
             """Until the rows of a down item are there."""
@@ -140,13 +154,24 @@ def _body(shape: Shape):
         def _load():
             plgpu.set_max_registers(40, action="decrease")
             simt.follow()
-            loaders = Loader(gated, rows_g, (gate_g, up_g), *stages), Loader(down, hidden_g, (down_g, down_g), *stages)
+            first = Loader(gated, rows_g, (gate_g, up_g), *stages)
+            second = Loader(down, hidden_g, (down_g, down_g), *stages)
+
+            def load(loader, item: Item):
+                """Meanwhile another warp asks which item is next."""
+                simt.program(ask, counters_g, queue_s, words=(item.count, place(item.count + 1)))
+                loader.visit(item)
 
             def load_down(item: Item):
                 wait_for(item)
-                loaders[1].visit(item)
+                load(second, item)
 
-            loaders[1].drain(walk(loaders[0].visit, load_down))
+            def advance(_, count):
+                simt.program(lambda _: simt.barrier(), queue_s)
+                plgpu.barrier_arrive(queued.at[place(count + 1)])
+                return queue_s[place(count + 1)]
+
+            second.drain(walk(advance, functools.partial(load, first), load_down))
 
         @pl.when(role > 0)
         def _multiply():
@@ -168,7 +193,11 @@ def _body(shape: Shape):
                     wait_for(item)  # the rows' scales are read past the pipeline
                 second.visit(item)
 
-            walk(first.visit, multiply_down)
+            def advance(_, count):
+                plgpu.barrier_wait(queued.at[place(count + 1)])
+                return queue_s[place(count + 1)]
+
+            walk(advance, first.visit, multiply_down)
             plgpu.wait_smem_to_gmem(0)
             simt.program(sharing.leave_program(b.consumers * gated.num_sms), counters_g)
 

@@ -14,7 +14,8 @@ from jmoe.pallas_kernels import simt_floats as floats
 from jmoe.pallas_kernels.block_scaled import BLOCK, LARGEST, SMALLEST_AMAX
 from jmoe.pallas_kernels.simt import Pointer, Word
 
-DONE, ARRIVED = 2, 4  # behind the marks: consumers that ended; of each expert the items that are done
+# Behind the marks: consumers that ended; items that were asked for; of each expert the items that are done.
+DONE, ASKED, ARRIVED = 2, 3, 4
 ATOM = 8  # rows, and vectors of 16 bytes, of one tile of 1 KB: how far the swizzle of 128 bytes goes
 
 
@@ -37,6 +38,21 @@ def open_program(num_experts: int):
         simt.barrier()
         with simt.when(_thread().equals(0)):
             simt_marks.mark(counters)
+
+    return program
+
+
+def ask_program(num_sms: int):
+    """Which item is next: `program(counters, queue, count, place)`, by one thread of the second warp.
+
+    The first warp, which loads, doesn't wait for the answer. The first num_sms items are the blocks' first ones.
+    """
+
+    def program(counters: Pointer, queue: Pointer, count: Word, place: Word) -> None:
+        with simt.when(_thread().equals(simt.WARP)):
+            with simt.when(count.equals(0)):
+                simt_marks.wait(counters)
+            queue.store(place, simt_marks.add(counters, ASKED, 1) + num_sms)
 
     return program
 

@@ -22,7 +22,7 @@ class Item:
       tile: block of columns.
       first: row that its rows start at, a multiple of 8: TMA takes tiles of 8 rows, and would fill zeros in.
       skipped: rows at its begin that aren't meant; meant: rows behind them that are.
-      step: steps of this thread block before it.
+      step: steps of this thread block before it; count: items.
       blocks: blocks of rows that the expert has.
     """
 
@@ -32,6 +32,7 @@ class Item:
     skipped: Any
     meant: Any
     step: Any
+    count: Any
     blocks: Any
 
 
@@ -64,35 +65,41 @@ class Groups:
         return self.words[0, self.num_experts]
 
     def walk(
-        self, item: Any, num_sms: int, tiles: int, steps: int, visit: Callable[[Item], None], step: Any = 0
-    ) -> Any:
-        """visit(...) for `item` and every num_sms-th one behind it; returns the steps of this thread block until then.
+        self, tiles: int, steps: int, visit: Callable[[Item], None], advance: Callable[[Any, Any], Any],
+        start: tuple[Any, Any, Any], before: Any = 0,
+    ) -> tuple[Any, Any, Any]:  # fmt: skip
+        """visit(...) for item after item, as long as there are any.
 
         Args:
-          item: number of the first.
-          num_sms: thread blocks that take turns.
           tiles: blocks of columns.
           steps: of one item.
           visit: what to do with an item.
-          step: steps of this thread block before.
+          advance: from an item's number, and how many this thread block had before it, to the next one's number.
+          start: number of the first item, items and steps of this thread block before it.
+          before: items, of another product, that are numbered before these.
+
+        Returns:
+          The same as `start` of the item that isn't there.
         """
 
         def body(state):
-            item, (expert, base, size, start), step = state
+            item, (expert, base, size, start), count, step = state
             others = lax.rem(start, jnp.int32(UNIT))
             blocks = lax.div(size + others + (self.block_rows - 1), jnp.int32(self.block_rows))
-            tile, row_block = lax.div(item - base, blocks), lax.rem(item - base, blocks)
+            tile, row_block = lax.div(item - before - base, blocks), lax.rem(item - before - base, blocks)
             begin = start - others + row_block * self.block_rows
             skipped = jnp.where(row_block == 0, others, 0)
             end = jnp.minimum(size + others - row_block * self.block_rows, self.block_rows)
             first = jnp.minimum(begin, self.num_rows - self.block_rows)  # no block reaches behind the last row
             first = pl.multiple_of(first, UNIT)
-            visit(Item(expert, tile, first, begin - first + skipped, end - skipped, step, blocks))
-            item = item + num_sms
-            return item, self._of(item, tiles), step + steps
+            visit(Item(expert, tile, first, begin - first + skipped, end - skipped, step, count, blocks))
+            item = advance(item, count)
+            return item, self._of(item - before, tiles), count + 1, step + steps
 
-        start = (item, self._of(item, tiles), jnp.asarray(step, jnp.int32))
-        return lax.while_loop(lambda state: state[1][0] < self.num_experts, body, start)[2]
+        item, count, step = start
+        state = item, self._of(item - before, tiles), jnp.asarray(count, jnp.int32), jnp.asarray(step, jnp.int32)
+        item, _, count, step = lax.while_loop(lambda state: state[1][0] < self.num_experts, body, state)
+        return item, count, step
 
     def _of(self, item: Any, tiles: int) -> tuple[Any, ...]:
         """(expert, its first item, size, start); behind the last item the expert is num_experts."""

@@ -205,6 +205,10 @@ def _body(shape: Product):
         words = None if shape.interpret else words_s.at[role]
         groups = Groups(shape.num_experts, b.block_rows, shape.rows, sizes_g, starts_g, words)
 
+        def walk(visit):
+            """Every num_sms-th item from the block's first one; returns the steps of all of them."""
+            return groups.walk(shape.tiles, shape.steps, visit, lambda item, _: item + shape.num_sms, (block, 0, 0))[2]
+
         def follow():
             """What the kernel before this one wrote is there; the next one may start."""
             if not shape.interpret:
@@ -232,7 +236,7 @@ def _body(shape: Product):
 
                 loader.visit(item, jnp.where(item.step == 0, early, 0))
 
-            num_steps = groups.walk(block, shape.num_sms, shape.tiles, shape.steps, visit)
+            num_steps = walk(visit)
             if early:
                 follow()  # a block without items, too, ends after the kernel before
             loader.drain(num_steps)
@@ -245,7 +249,7 @@ def _body(shape: Product):
             groups.line_up()
             scales = (rows_scales_g, (gate_scales_g, up_scales_g)[: shape.parts])
             multiplier = Multiplier(shape, role - 1, weights_s, rows_s, out_s, full, free, row_weights_g, scales, out_g)
-            groups.walk(block, shape.num_sms, shape.tiles, shape.steps, multiplier.visit)
+            walk(multiplier.visit)
             plgpu.wait_smem_to_gmem(0)
 
     return body
