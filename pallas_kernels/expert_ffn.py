@@ -10,7 +10,7 @@ from jmoe.pallas_kernels.block_scaled import BlockScaled
 from jmoe.pallas_kernels.block_scaled_ffn import block_scaled_ffn
 from jmoe.pallas_kernels.choice import by_platform
 from jmoe.pallas_kernels.grouped_blocks import blocks_for, expert_blocks, grouped_shape
-from jmoe.pallas_kernels.grouped_matmul import GroupedBlocks, gated_grouped_matmul, grouped_matmul
+from jmoe.pallas_kernels.grouped_matmul import ExpertBlocks, gated_grouped_matmul, grouped_matmul
 from jmoe.pallas_kernels.permute import Permuted, permute, unpermute
 
 Implementation = Literal["xla", "pallas", "reference"]
@@ -103,7 +103,7 @@ def _pallas(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj):
     return pallas_ffn(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj, blocks)
 
 
-def pallas_ffn(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj, blocks: GroupedBlocks | None):
+def pallas_ffn(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj, blocks: ExpertBlocks | None):
     """`expert_ffn` in Mosaic GPU kernels; both products in one, with `blocks`, or for None one after the other."""
     scaled = isinstance(gate_proj, BlockScaled)
     permuted = permute(rows, local_idx, gate_proj.shape[0], align=ALIGN, float8=scaled, implementation="pallas")
@@ -112,7 +112,7 @@ def pallas_ffn(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj, blo
     return unpermute(out, permuted.positions, topk_weights, implementation="pallas")
 
 
-def _at_once(permuted: Permuted, gate_proj, up_proj, down_proj, blocks: GroupedBlocks) -> jax.Array:
+def _at_once(permuted: Permuted, gate_proj, up_proj, down_proj, blocks: ExpertBlocks) -> jax.Array:
     from jmoe.pallas_kernels.expert_products_mosaic import expert_products
 
     groups = permuted.group_sizes, permuted.group_starts, permuted.scales

@@ -1,8 +1,7 @@
 """Both products of the expert FFN in one kernel on Hopper, so that the memory never stands idle between them.
 
 One thread block an SM takes items of the gated product and then, its loads running on, those of the down product
-(`grouped_matmul_mosaic` says how an item is done; a stage holds gate and up, or two neighbouring blocks of columns of
-down). Who comes first takes the next item: shared out in turn, some blocks would read 5 % more than others and end last.
+(`grouped_matmul_mosaic` says how an item is done; a stage holds gate and up, or two neighbouring blocks of down). Who comes first takes the next item: shared out in turn, some blocks would read 5 % more than others and end last.
 The rows of a down item are there once all gated items of its expert are done, which is counted in memory; items are
 taken in the order of the experts, so few ever wait: the first expert's are done long before.
 """
@@ -21,11 +20,11 @@ from jmoe.pallas_kernels import expert_products_share as sharing
 from jmoe.pallas_kernels import grouped_matmul_mosaic as products
 from jmoe.pallas_kernels import simt
 from jmoe.pallas_kernels.block_scaled import quantize_rows
-from jmoe.pallas_kernels.grouped_blocks import NUM_SMS
+from jmoe.pallas_kernels.grouped_blocks import NUM_SMS, fits_experts
 from jmoe.pallas_kernels.grouped_items import Groups, Item
-from jmoe.pallas_kernels.grouped_matmul import SCALED, GroupedBlocks
+from jmoe.pallas_kernels.grouped_matmul import SCALED, ExpertBlocks
 from jmoe.pallas_kernels.grouped_matmul_mosaic import Loader, Product
-from jmoe.pallas_kernels.grouped_multiply import HALF, Multiplier
+from jmoe.pallas_kernels.grouped_multiply import HALF, TURNED, Multiplier
 
 
 def expert_products(
@@ -39,7 +38,7 @@ def expert_products(
       gate_proj, up_proj, down_proj: `[E, D, F]` twice and `[E, F, D]`, or `BlockScaled` of float8.
       group_sizes, group_starts: `[E]` int32.
       rows_scales: `[rows, D / 128]` float32 or None.
-      blocks: `GroupedBlocks`; a down item has 2 * block_out columns. With float8 128 columns a consumer.
+      blocks: how the work is cut; with float8 block_out is a multiple of 128.
       num_sms: thread blocks; all of them must be able to run at once.
       interpret: run by the interpreter, which has no atomics: as two kernels.
 
@@ -67,33 +66,31 @@ class Shape:
     down: Product
 
     @property
-    def halves(self) -> int:
-        """Tiles of a result that a consumer holds at once: of float8, 128 columns have one scale."""
-        return SCALED // HALF if self.gated.small else 1
-
-    @property
     def queue(self) -> int:
         """Items that the loads may be ahead of the products, and two: each has a stage or more."""
         return self.gated.stages + 2
 
 
-def shape_of(rows: Any, gate: Any, down: Any, blocks: GroupedBlocks, num_sms: int, interpret: bool) -> Shape:
+def shape_of(rows: Any, gate: Any, down: Any, blocks: ExpertBlocks, num_sms: int, interpret: bool) -> Shape:
     """What is fixed when the kernel is compiled; raises ValueError for blocks that don't fit."""
     small = rows.dtype.itemsize == 1
     (num_experts, *_), (num_rows, hidden) = gate.shape, rows.shape
     width = gate.shape[1] if small else gate.shape[2]
-    common = {"parts": 2, "small": small, "out_dtype": jnp.dtype(jnp.bfloat16), "num_sms": num_sms,
-              "interpret": interpret, "older_groups": False}  # fmt: skip
-    gated = Product(num_rows, hidden, width, num_experts, gated=True, blocks=blocks, **common)
-    more = gated.out_bytes * (SCALED // HALF - 1) if small else 0  # of shared memory, for float8's wider results
-    stages = min(gated.stages, (products.SMEM_BYTES - more - gated.other_bytes) // gated.stage_bytes)
-    blocks = dataclasses.replace(blocks, num_stages=stages)
-    gated = dataclasses.replace(gated, blocks=blocks)
-    shape = Shape(gated, Product(num_rows, width, hidden, num_experts, gated=False, blocks=blocks, **common))
+    if not fits_experts(blocks, num_rows, hidden, width) or (small and blocks.block_out % SCALED):
+        raise ValueError(
+            f"expert_ffn: expected block_out and block_in that divide hidden and width, one of them twice, with float8 "
+            f"block_out a multiple of {SCALED}, got {blocks} for hidden {hidden} and width {width}"
+        )
+    common = {"num_experts": num_experts, "parts": 2, "small": small, "out_dtype": jnp.dtype(jnp.bfloat16),
+              "blocks": blocks, "num_sms": num_sms, "interpret": interpret, "older_groups": False,
+              "row_parts": 2 if blocks.terms else 1, "to_float8": small}  # fmt: skip
+    down_split = "terms" if blocks.terms else "columns"
+    shape = Shape(
+        Product(num_rows, hidden, width, split="gated", **common),
+        Product(num_rows, width, hidden, split=down_split, **common),
+    )
     products.check_blocks(shape.gated)
     products.check_blocks(shape.down)
-    if small and gated.share != SCALED:
-        raise ValueError(f"expert_ffn: expected {SCALED} columns a consumer with float8, got {blocks}")
     return shape
 
 
@@ -116,9 +113,10 @@ def _kernel(shape: Shape):
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         scratch_types=[
-            *products.scratch(gated, shape.halves),
+            *products.scratch(gated),
             plgpu.SMEM((shape.queue,), jnp.int32),
             plgpu.Barrier(num_barriers=shape.queue),
+            plgpu.Barrier(num_arrivals=b.consumers),
         ],
     )
 
@@ -130,7 +128,7 @@ def _body(shape: Shape):
 
     def body(
         rows_g, gate_g, up_g, down_g, sizes_g, starts_g, rows_scales_g, gate_scales_g, up_scales_g, down_scales_g,
-        hidden_g, hidden_scales_g, out_g, counters_g, weights_s, rows_s, out_s, words_s, full, free, queue_s, queued,
+        hidden_g, hidden_scales_g, out_g, counters_g, weights_s, rows_s, out_s, words_s, full, free, queue_s, queued, met,
     ):  # fmt: skip
         block, role = lax.axis_index("sm"), lax.axis_index("wg")
         groups = Groups(gated.num_experts, b.block_rows, gated.rows, sizes_g, starts_g, words_s.at[role])
@@ -148,7 +146,7 @@ def _body(shape: Shape):
 
         def wait_for(item: Item):
             """Until the rows of a down item are there."""
-            simt.program(sharing.wait_program, counters_g, words=(item.expert, item.blocks * arrivals))
+            simt.program(sharing.wait_program, counters_g, words=(item.expert, item.blocks * arrivals, item.count))
 
         @pl.when(role == 0)
         def _load():
@@ -185,19 +183,14 @@ def _body(shape: Shape):
             simt.program(sharing.meet_program, counters_g)
             given = role - 1, weights_s, rows_s, out_s, full, free, None
             first = HiddenMultiplier(gated, *given, (rows_scales_g, (gate_scales_g, up_scales_g)), hidden_g)
-            first = dataclasses.replace(first, hidden_scales_g=hidden_scales_g, counters_g=counters_g)
+            first = dataclasses.replace(first, hidden_scales_g=hidden_scales_g, counters_g=counters_g, met=met)
             second = Multiplier(down, *given, (hidden_scales_g, (down_scales_g, down_scales_g)), out_g)
-
-            def multiply_down(item: Item):
-                if down.small:
-                    wait_for(item)  # the rows' scales are read past the pipeline
-                second.visit(item)
 
             def advance(_, count):
                 plgpu.barrier_wait(queued.at[place(count + 1)])
                 return queue_s[place(count + 1)]
 
-            walk(advance, first.visit, multiply_down)
+            walk(advance, first.visit, second.visit)
             plgpu.wait_smem_to_gmem(0)
             simt.program(sharing.leave_program(b.consumers * gated.num_sms), counters_g)
 
@@ -206,10 +199,16 @@ def _body(shape: Shape):
 
 @dataclasses.dataclass(frozen=True)
 class HiddenMultiplier(Multiplier):
-    """A consumer in the gated product, which says of each item that its rows are there."""
+    """A consumer in the gated product, which says of each item that its rows are there.
+
+    Attributes:
+      hidden_scales_g: of float8 rows; counters_g: what the blocks tell each other.
+      met: a barrier of the consumers.
+    """
 
     hidden_scales_g: Any = None
     counters_g: Any = None
+    met: Any = None
 
     def visit(self, item: Item) -> None:
         if self.shape.small:
@@ -220,15 +219,25 @@ class HiddenMultiplier(Multiplier):
         simt.program(sharing.arrive_program, self.counters_g, words=(item.expert,))
 
     def _visit_scaled(self, item: Item) -> None:
-        """128 columns, rounded to float8 with a scale a row."""
-        found = self.products(item)
-        for half, out in enumerate(self.results(found)):
+        """Tiles of 64 columns, rounded to float8 with a scale for the 128 columns of two and a row."""
+        shape = self.shape
+        for half, out in enumerate(self.results(self.products(item))):
             tile = self.out_s.at[self.own * self.halves + half]
-            tile.T[...] = plgpu.layout_cast(out.astype(self.shape.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            tile.T[...] = plgpu.layout_cast(out.astype(shape.out_dtype), TURNED)
         plgpu.commit_smem()
-        tiles = self.out_s.at[pl.ds(self.own * self.halves, self.halves)]
-        column = self._column(item, 0, 0)
-        sharing.store_float8(
-            tiles, self.out_g, self.hidden_scales_g, self.shape.out_transforms, item.first, item.skipped, item.meant,
-            column,
-        )  # fmt: skip
+        self._meet()
+        pairs = shape.blocks.block_out // SCALED
+        for pair in range(pairs):
+            tiles = self.out_s.at[pl.ds(pair * (SCALED // HALF), SCALED // HALF)]
+            column = shape.column(item.tile, 0) + pair * SCALED
+            scalars = item.first, item.skipped, item.meant, column, self.own
+            sharing.store_float8(
+                tiles, self.out_g, self.hidden_scales_g, shape.out_transforms, shape.blocks.consumers, *scalars
+            )
+        self._meet()  # the tiles may be written again
+
+    def _meet(self) -> None:
+        """All consumers are here."""
+        if self.shape.blocks.consumers > 1:
+            plgpu.barrier_arrive(self.met)
+            plgpu.barrier_wait(self.met)

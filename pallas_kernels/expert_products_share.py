@@ -64,10 +64,14 @@ def arrive_program(counters: Pointer, expert: Word) -> None:
     simt_marks.add_if(_thread().equals(0), counters, expert + ARRIVED, 1)
 
 
-def wait_program(counters: Pointer, expert: Word, items: Word) -> None:
-    """Until `items` of the expert are done; then what they stored can be read, by TMA too."""
+def wait_program(counters: Pointer, expert: Word, items: Word, count: Word) -> None:
+    """Until `items` of the expert are done; then what they stored can be read, by TMA too.
+
+    Behind the block's first item (count 0) the counters are known to be cleared.
+    """
     with simt.when(_thread().equals(0)):
-        simt_marks.wait(counters)
+        with simt.when(count.equals(0)):
+            simt_marks.wait(counters)
         simt_marks.wait_for(counters, expert + ARRIVED, items)
     simt.barrier()
     simt_marks.publish()
@@ -92,16 +96,18 @@ def leave_program(consumers: int):
     return program
 
 
-def store_float8(tiles: Any, target: Any, scales: Any, transforms: Any, *scalars: jax.Array) -> None:
+def store_float8(tiles: Any, target: Any, scales: Any, transforms: Any, consumers: int, *scalars: jax.Array) -> None:
     """target[first + n, column + c] = float8(tiles[c // 64, n, c % 64] / scale), scales[first + n, column / 128] = scale.
 
-    For n in skipped .. skipped + meant - 1; the scale as `quantize_rows` has it. 16 lanes take a row.
+    For n in skipped .. skipped + meant - 1; the scale as `quantize_rows` has it. 16 lanes take a row, the consumers
+    turns.
 
     Args:
       tiles: `[2, rows, 64]` bfloat16 in shared memory, in tiles of 8 rows of 128 bytes, swizzled.
       target: `[rows, out]` float8_e4m3fn; scales: `[rows, out / 128]` float32; in global memory.
       transforms: of the tiles.
-      scalars: first, skipped, meant, column; int32.
+      consumers: warpgroups that share the rows.
+      scalars: first, skipped, meant, column, number of this consumer; int32.
     """
     splat = plgpu.Layout.WG_SPLAT(())
     refs = plgpu.RefType(transforms), plgpu.RefType(), plgpu.RefType()
@@ -111,14 +117,14 @@ def store_float8(tiles: Any, target: Any, scales: Any, transforms: Any, *scalars
     def inlined(_ctx, tiles_s, target_g, scales_g, *values):
         given = [simt.Word(value.registers.flat[0]) for value in values]
         pointers = [simt.Pointer.of(ref) for ref in (tiles_s, target_g, scales_g)]
-        _store_float8(rows, target_g.type.shape[1], *pointers, *given)
+        _store_float8(rows, target_g.type.shape[1], consumers, *pointers, *given)
 
     inlined(tiles, target, scales, *scalars)
 
 
 def _store_float8(
-    rows: int, width: int, tiles: Pointer, target: Pointer, scales: Pointer, first: Word, skipped: Word, meant: Word,
-    column: Word,
+    rows: int, width: int, consumers: int, tiles: Pointer, target: Pointer, scales: Pointer, first: Word,
+    skipped: Word, meant: Word, column: Word, own: Word,
 ) -> None:  # fmt: skip
     """`store_float8`, thread by thread; a row of 128 columns is 16 vectors of 8."""
     lanes, at_once = BLOCK // 8, simt.BLOCK_THREADS * 8 // BLOCK
@@ -129,12 +135,8 @@ def _store_float8(
         last = meant - 1
         n = i + _thread() // lanes
         n = skipped + (n < last).select(n, last)  # a warp stays together: the last row may be stored twice
-        vector = tiles.load_vector(
-            half * (rows * ATOM) + n // ATOM * (ATOM * ATOM) + n % ATOM * ATOM + inside.differ(n % ATOM),
-            8,
-            simt.element_type("bfloat16"),
-        )
-        each = floats.Floats.of(vector).each()
+        place = half * (rows * ATOM) + n // ATOM * (ATOM * ATOM) + n % ATOM * ATOM + inside.differ(n % ATOM)
+        each = floats.Floats.of(tiles.load_vector(place, 8, simt.element_type("bfloat16"))).each()
         amax = floats.warp_reduce(floats.largest_magnitude(each), lambda a, b: a.maximum(b), lanes)
         scale = amax.maximum(SMALLEST_AMAX).times(1 / LARGEST)
         inverse = scale.reciprocal()
@@ -144,4 +146,4 @@ def _store_float8(
             scale.store(scales.skip(first + n, width // BLOCK * 4), column // BLOCK)
         return []
 
-    simt.loop(0, meant, at_once, [], store)
+    simt.loop(own * at_once, meant, at_once * consumers, [], store)

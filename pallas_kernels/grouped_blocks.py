@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jmoe.pallas_kernels.block_table import find_blocks
-from jmoe.pallas_kernels.grouped_matmul import SCALED, GroupedBlocks
+from jmoe.pallas_kernels.grouped_matmul import SCALED, ExpertBlocks, GroupedBlocks
 
 UNIT = 8  # rows of one tile in shared memory
 NUM_SMS = 132
@@ -39,20 +39,31 @@ def blocks_for(op: str, dtype: Any, shape: Mapping[str, int]) -> GroupedBlocks:
     return choose_blocks(shape["rows"], shape["experts"], shape["in"], shape["out"], parts, small)
 
 
-def expert_blocks(dtype: Any, num_rows: int, num_experts: int, hidden: int, width: int) -> GroupedBlocks | None:
-    """Of both products in one kernel: measured ones, else an estimate, or None where two kernels are better."""
-    small = dtype.itemsize == 1
+def expert_blocks(dtype: Any, num_rows: int, num_experts: int, hidden: int, width: int) -> ExpertBlocks | None:
+    """Of both products in one kernel: measured ones, else an estimate; None where none fits these sizes."""
     shape = {"rows": num_rows, "experts": num_experts, "hidden": hidden, "width": width}
     found = find_blocks("expert_products", dtype, shape)
-    blocks = choose_blocks(num_rows, num_experts, hidden, width, 2, small) if found is None else GroupedBlocks(**found)
-    if small:
-        depth = 256 if hidden % 256 == 0 and width % 256 == 0 and blocks.block_rows <= 16 else SCALED
-        blocks = GroupedBlocks(blocks.block_rows, SCALED, depth, None, 1)
-    elif blocks.block_out == 64:
-        depth = SCALED if hidden % SCALED == 0 and width % SCALED == 0 else 64
-        blocks = GroupedBlocks(blocks.block_rows, 64, depth, None, 1)
-    fits = width % blocks.block_out == 0 and hidden % (2 * blocks.block_out) == 0
-    return blocks if fits else None
+    if found is not None and fits_experts(ExpertBlocks(**found), num_rows, hidden, width):
+        return ExpertBlocks(**found)
+    small = dtype.itemsize == 1
+    rows = choose_blocks(num_rows, num_experts, hidden, width, 2, small).block_rows
+    for block_out, terms in ((128, rows <= 64), (128, False), (64, False)):
+        blocks = ExpertBlocks(rows, block_out, SCALED if small else 64, None, block_out // 64, terms)
+        if fits_experts(blocks, num_rows, hidden, width) and not (small and block_out < SCALED):
+            return blocks
+    return None
+
+
+def fits_experts(blocks: ExpertBlocks, num_rows: int, hidden: int, width: int) -> bool:
+    """Whether the blocks divide these sizes."""
+    columns, depth = (1, 2) if blocks.terms else (2, 1)
+    return (
+        blocks.block_rows <= -(-num_rows // UNIT) * UNIT
+        and width % blocks.block_out == 0
+        and hidden % (columns * blocks.block_out) == 0
+        and hidden % blocks.block_in == 0
+        and width % (depth * blocks.block_in) == 0
+    )
 
 
 @functools.cache

@@ -32,6 +32,18 @@ class GroupedBlocks:
     consumers: int = 2
 
 
+@dataclasses.dataclass(frozen=True)
+class ExpertBlocks(GroupedBlocks):
+    """How the Mosaic GPU form of both products of the expert FFN in one kernel cuts the work.
+
+    Attributes:
+      terms: a stage of the down product holds block_out columns of 2 * block_in terms, not 2 * block_out of block_in:
+        items half as large, which end more evenly, and rows that take twice the shared memory.
+    """
+
+    terms: bool = True
+
+
 def grouped_matmul(
     rows: jax.Array,
     weights: Any,

@@ -5,7 +5,7 @@ also over the seam between two items, so that reading never pauses; the others m
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +29,20 @@ class Product:
     num_in: int
     num_out: int
     num_experts: int
-    parts: int  # operands of a stage: gate and up, or neighbouring blocks of columns of one
-    gated: bool  # whether the parts are gate and up
+    parts: int  # blocks of weights in a stage
+    split: Literal["gated", "columns", "terms"]  # what several parts are: gate and up, or neighbours in one operand
     small: bool  # float8
     out_dtype: Any
     blocks: GroupedBlocks
     num_sms: int
     interpret: bool
     older_groups: bool
+    row_parts: int = 1  # blocks of rows that a stage has room for
+    to_float8: bool = False  # whether results are rounded to float8
+
+    @property
+    def gated(self) -> bool:
+        return self.split == "gated"
 
     @property
     def share(self) -> int:
@@ -44,18 +50,36 @@ class Product:
         return self.blocks.block_out // self.blocks.consumers
 
     @property
+    def depth(self) -> int:
+        """The sum's terms in a stage."""
+        return self.blocks.block_in * (self.parts if self.split == "terms" else 1)
+
+    @property
     def steps(self) -> int:
         """Of an item."""
-        return self.num_in // self.blocks.block_in
+        return self.num_in // self.depth
 
     @property
     def tiles(self) -> int:
         """Items side by side."""
-        return self.num_out // (self.blocks.block_out * (1 if self.gated else self.parts))
+        return self.num_out // (self.blocks.block_out * (self.parts if self.split == "columns" else 1))
+
+    @property
+    def sums(self) -> list[tuple[int, int]]:
+        """(part, number of HALF columns) of each sum of a consumer."""
+        return [(part, half) for part in range(self.parts_of_sums) for half in range(self.share // HALF)]
+
+    @property
+    def parts_of_sums(self) -> int:
+        return 1 if self.split == "terms" else self.parts
 
     def column(self, tile: Any, part: int) -> Any:
         """The first column of an item's part, in the weights."""
-        return (tile if self.gated else tile * self.parts + part) * self.blocks.block_out
+        return (tile * self.parts + part if self.split == "columns" else tile) * self.blocks.block_out
+
+    def term(self, step: Any, part: int) -> Any:
+        """The first term of a step's part, in the weights."""
+        return step * self.depth + (part * self.blocks.block_in if self.split == "terms" else 0)
 
     @property
     def in_dtype(self) -> Any:
@@ -64,11 +88,17 @@ class Product:
     @property
     def stage_bytes(self) -> int:
         b = self.blocks
-        return (self.parts * b.block_out + b.block_rows) * b.block_in * jnp.dtype(self.in_dtype).itemsize
+        rows = b.block_rows * self.row_parts
+        return (self.parts * b.block_out + rows) * b.block_in * jnp.dtype(self.in_dtype).itemsize
+
+    @property
+    def out_tiles(self) -> int:
+        """Tiles of results in shared memory: a consumer's own, or all, where float8 needs 128 columns for a scale."""
+        return self.blocks.block_out // HALF if self.to_float8 else self.blocks.consumers
 
     @property
     def out_bytes(self) -> int:
-        return self.blocks.consumers * self.blocks.block_rows * HALF * jnp.dtype(self.out_dtype).itemsize
+        return self.out_tiles * self.blocks.block_rows * HALF * jnp.dtype(self.out_dtype).itemsize
 
     @property
     def out_transforms(self) -> tuple[Any, ...]:
@@ -119,7 +149,7 @@ def grouped(
         num_out,
         num_experts,
         len(weights),
-        len(weights) == 2,
+        "gated" if len(weights) == 2 else "columns",
         small,
         jnp.dtype(out_dtype),
         blocks,
@@ -174,17 +204,17 @@ def kernel(shape: Product):
     )
 
 
-def scratch(shape: Product, halves: int = 1) -> list[Any]:
-    """Shared memory: stages of weights and rows, `halves` tiles of a result a consumer, words, full and free."""
+def scratch(shape: Product) -> list[Any]:
+    """Shared memory: stages of weights and rows, tiles of results, words, full and free."""
     b, stages = shape.blocks, shape.stages
     transforms = _transforms(shape.in_dtype)
     tile = (b.block_out, b.block_in) if shape.small else (b.block_in, b.block_out)
     return [
         plgpu.SMEM((stages, shape.parts, *tile), shape.in_dtype, transforms=transforms),
-        plgpu.SMEM((stages, b.block_rows, b.block_in), shape.in_dtype, transforms=transforms),
-        plgpu.SMEM((b.consumers * halves, b.block_rows, HALF), shape.out_dtype, transforms=shape.out_transforms),
+        plgpu.SMEM((stages, shape.row_parts, b.block_rows, b.block_in), shape.in_dtype, transforms=transforms),
+        plgpu.SMEM((shape.out_tiles, b.block_rows, HALF), shape.out_dtype, transforms=shape.out_transforms),
         plgpu.SMEM((1 + b.consumers, 3, shape.num_experts + 1), jnp.int32),
-        plgpu.Barrier(num_arrivals=1 + shape.parts, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=shape.row_parts + shape.parts, num_barriers=stages),
         plgpu.Barrier(num_arrivals=b.consumers, num_barriers=stages),
     ]
 
@@ -291,16 +321,20 @@ class Loader:
 
     def weights(self, item: Item, k: Any, slot: Any) -> None:
         shape, b = self.shape, self.shape.blocks
-        terms = pl.ds(k * b.block_in, b.block_in)
         for part, source in enumerate(self.sources):
             columns = pl.ds(shape.column(item.tile, part), b.block_out)
+            terms = pl.ds(shape.term(k, part), b.block_in)
             cells = (item.expert, columns, terms) if shape.small else (item.expert, terms, columns)
             plgpu.copy_gmem_to_smem(source.at[cells], self.weights_s.at[slot, part], self.full.at[slot])
 
     def rows(self, item: Item, k: Any, slot: Any) -> None:
-        b = self.shape.blocks
-        cells = pl.ds(item.first, b.block_rows), pl.ds(k * b.block_in, b.block_in)
-        plgpu.copy_gmem_to_smem(self.rows_g.at[cells], self.rows_s.at[slot], self.full.at[slot])
+        shape, b = self.shape, self.shape.blocks
+        for part in range(shape.row_parts):
+            if part * b.block_in >= shape.depth:
+                plgpu.barrier_arrive(self.full.at[slot])  # for rows that the stage has room for and the product has not
+                continue
+            cells = pl.ds(item.first, b.block_rows), pl.ds(shape.term(k, part), b.block_in)
+            plgpu.copy_gmem_to_smem(self.rows_g.at[cells], self.rows_s.at[slot, part], self.full.at[slot])
 
     def drain(self, num_steps: Any) -> None:
         """Nobody leaves while another may still arrive."""

@@ -52,7 +52,7 @@ class Multiplier:
         shape, rows = self.shape, self.shape.blocks.block_rows
         found = self.products(item)
         by_row = None if self.row_weights_g is None else self._factors(self.row_weights_g, item.first)
-        for (part, half), out in zip(self._sums(), self.results(found), strict=False):
+        for (part, half), out in zip(self.shape.sums, self.results(found), strict=False):
             if by_row is not None:
                 out = out * lax.broadcast_in_dim(by_row, (HALF, rows), (1,))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -77,8 +77,9 @@ class Multiplier:
         """Columns of one wgmma within a stage."""
         return pl.ds(self.own * self.shape.share + half * HALF, HALF)
 
-    def _sums(self) -> list[tuple[int, int]]:
-        return [(part, half) for part in range(self.shape.parts) for half in range(self.halves)]
+    def _parts(self, part: int) -> list[tuple[int, int]]:
+        """(part of the weights, part of the rows) whose products are one sum."""
+        return [(n, n) for n in range(self.shape.parts)] if self.shape.split == "terms" else [(part, 0)]
 
     def _products(self, item: Item) -> tuple[Any, ...]:
         stages, steps = jnp.int32(self.shape.stages), self.shape.steps
@@ -87,9 +88,12 @@ class Multiplier:
             def step(k, _):
                 slot = lax.rem(item.step + k, stages)
                 plgpu.barrier_wait(self.full.at[slot])
-                for (part, half), acc in zip(self._sums(), accs, strict=True):
-                    plgpu.wgmma(acc, self.weights_s.at[slot, part, :, self._columns(half)].T, self.rows_s.at[slot].T)
-                plgpu.wgmma_wait(len(accs))  # of the step before this one nothing is still read
+                for (part, half), acc in zip(self.shape.sums, accs, strict=True):
+                    for part, rows in self._parts(part):
+                        weights = self.weights_s.at[slot, part, :, self._columns(half)].T
+                        plgpu.wgmma(acc, weights, self.rows_s.at[slot, rows].T)
+                # Of the step before this one nothing is still read.
+                plgpu.wgmma_wait(len(accs) * len(self._parts(0)))
 
                 @pl.when(k > 0)
                 def _():
@@ -99,7 +103,7 @@ class Multiplier:
             return tuple(acc[...] for acc in accs)
 
         kind = accumulator((HALF, self.shape.blocks.block_rows), jnp.float32)
-        found: Any = pl.run_scoped(sums, *[kind] * len(self._sums()))
+        found: Any = pl.run_scoped(sums, *[kind] * len(self.shape.sums))
         plgpu.barrier_arrive(self.free.at[lax.rem(item.step + steps - 1, stages)])
         return found
 
@@ -114,11 +118,12 @@ class Multiplier:
 
     def _scaled_products(self, item: Item) -> tuple[Any, ...]:
         """The same; every 128 terms are summed by themselves and scaled: wgmma's float8 sums keep few bits."""
-        stages, b = jnp.int32(self.shape.stages), self.shape.blocks
-        size, sums = (HALF, b.block_rows), self._sums()
+        shape, b = self.shape, self.shape.blocks
+        stages, size, sums = jnp.int32(shape.stages), (HALF, b.block_rows), shape.sums
         by_row_g, by_block_g = self.scales
-        at_once = len(sums) if len(sums) * b.block_rows <= 160 else 1  # sums beside their totals in the registers
-        in_stage = b.block_in // SCALED
+        fits = max(1, 160 // b.block_rows)  # sums beside their totals in the registers
+        at_once = max(n for n in range(1, len(sums) + 1) if n <= fits and len(sums) % n == 0)
+        in_stage = shape.depth // SCALED
 
         def factors(k):
             """Of 128 terms: by row, and of each sum the weights' block."""
@@ -127,14 +132,16 @@ class Multiplier:
             ]
             return self._factors(by_row_g, item.first, k), *blocks
 
-        def products(slot, part_of_stage, start):
-            """`at_once` sums of 128 terms of a stage, from one on."""
-            terms = pl.ds(part_of_stage * SCALED, SCALED)
+        def products(slot, n, start):
+            """`at_once` sums of the n-th 128 terms of a stage, from one on."""
+            terms = pl.ds(n * SCALED % b.block_in, SCALED)
+            of_rows = n * SCALED // b.block_in
 
             def product(*accs):
                 for (part, half), acc in zip(sums[start:], accs, strict=False):
-                    weights = self.weights_s.at[slot, part, self._columns(half), terms]
-                    plgpu.wgmma(acc, weights, self.rows_s.at[slot, :, terms].T)
+                    of_weights = self._parts(part)[of_rows][0]
+                    weights = self.weights_s.at[slot, of_weights, self._columns(half), terms]
+                    plgpu.wgmma(acc, weights, self.rows_s.at[slot, of_rows, :, terms].T)
                 return tuple(acc[...] for acc in accs)
 
             return pl.run_scoped(product, *[accumulator(size, jnp.float32)] * at_once)
@@ -142,12 +149,15 @@ class Multiplier:
         def step(k, state):
             slot = lax.rem(item.step + k, stages)
             totals, ahead = list(state[0]), state[1]
+
+            @pl.when(k > 0)
+            def _():
+                plgpu.barrier_wait(self.full.at[slot])
+
             for n in range(in_stage):
                 by_row, *by_block = ahead
                 # Asked for 128 terms before they are needed.
-                ahead = factors(jnp.minimum(k * in_stage + n + 1, self.shape.steps * in_stage - 1))
-                if n == 0:
-                    plgpu.barrier_wait(self.full.at[slot])
+                ahead = factors(jnp.minimum(k * in_stage + n + 1, shape.steps * in_stage - 1))
                 for start in range(0, len(sums), at_once):
                     found: Any = products(slot, n, start)
                     if n == in_stage - 1 and start + at_once == len(sums):
@@ -157,7 +167,8 @@ class Multiplier:
             return tuple(totals), ahead
 
         none = plgpu.layout_cast(jnp.zeros(size, jnp.float32), LAYOUT)
-        return lax.fori_loop(0, self.shape.steps, step, ((none,) * len(sums), factors(0)))[0]
+        plgpu.barrier_wait(self.full.at[lax.rem(item.step, stages)])  # rows' scales may be as new as the rows
+        return lax.fori_loop(0, shape.steps, step, ((none,) * len(sums), factors(0)))[0]
 
     def _store(self, item: Item, column: Any) -> None:
         """The tile in out_s to rows of the group and columns from `column` on."""

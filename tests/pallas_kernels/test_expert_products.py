@@ -9,14 +9,16 @@ import pytest
 from imaginary_gpus import imaginary_gpus
 
 from jmoe.pallas_kernels.block_scaled import quantize_blocks, quantize_rows
-from jmoe.pallas_kernels.grouped_matmul import GroupedBlocks
+from jmoe.pallas_kernels.grouped_matmul import ExpertBlocks
 
 interpreted = pytest.mark.skipif(
     importlib.util.find_spec("jax._src.pallas.mosaic_gpu.interpret.params") is None or jax.__version_info__ < (0, 11),
     reason="jax 0.10.2's interpreter lacks layout_cast",
 )
-BF16 = [GroupedBlocks(8, 64, 64, None, 1), GroupedBlocks(16, 128, 64, None, 2)]
-FLOAT8 = [GroupedBlocks(8, 128, 128, None, 1), GroupedBlocks(16, 256, 128, None, 2)]
+BF16 = [ExpertBlocks(8, 64, 64, None, 1, False), ExpertBlocks(16, 128, 64, None, 2), ExpertBlocks(8, 64, 64, 4, 1)]
+FLOAT8 = [
+    ExpertBlocks(8, 128, 128, None, 1), ExpertBlocks(16, 256, 128, None, 2, False), ExpertBlocks(48, 128, 128, None, 2)
+]  # fmt: skip
 
 
 def arrays(sizes, hidden, width, *, small=False, seed=0):
@@ -60,13 +62,13 @@ def error(got, want, heard):
 
 @pytest.mark.aot
 @interpreted
-@pytest.mark.parametrize(("small", "blocks"), [(False, BF16[0]), (False, BF16[1]), (True, FLOAT8[0])])
+@pytest.mark.parametrize(("small", "blocks"), [(False, b) for b in BF16] + [(True, FLOAT8[0])])
 def test_interpreted(small, blocks):
     from jax._src.pallas.mosaic_gpu.interpret import params
 
     from jmoe.pallas_kernels.expert_products_mosaic import expert_products
 
-    made = arrays([3, 0, 17], 256, 128, small=small)
+    made = arrays([3, 0, 17], 256, 256 if small else 128, small=small)
     with params.force_gpu_interpret_mode():
         got = expert_products(*made, blocks=blocks, num_sms=3, interpret=True)
     assert error(got, *truth(*made)) < (5e-2 if small else 5e-3)
@@ -87,9 +89,9 @@ def test_compiles_for_a_gpu_that_is_not_there(small, blocks):
 @pytest.mark.parametrize(
     ("blocks", "small", "said"),
     [
-        (GroupedBlocks(8, 192, 64, None, 1), False, "block_out"),
-        (GroupedBlocks(8, 64, 96, None, 1), False, "block_in"),
-        (GroupedBlocks(8, 128, 128, None, 2), True, "128 columns a consumer"),
+        (ExpertBlocks(8, 192, 64, None, 1), False, "block_out"),
+        (ExpertBlocks(8, 64, 96, None, 1), False, "block_in"),
+        (ExpertBlocks(8, 64, 128, None, 1), True, "block_out a multiple of 128"),
     ],
 )
 def test_blocks_that_do_not_fit_are_refused(blocks, small, said):
