@@ -25,6 +25,7 @@ from jmoe.pallas_kernels.grouped_items import Groups, Item
 from jmoe.pallas_kernels.grouped_matmul import SCALED, ExpertBlocks
 from jmoe.pallas_kernels.grouped_matmul_mosaic import Loader, Product
 from jmoe.pallas_kernels.grouped_multiply import HALF, TURNED, Multiplier
+from jmoe.pallas_kernels.grouped_multiply_rows import RowMultiplier
 
 
 def expert_products(
@@ -181,44 +182,52 @@ def _body(shape: Shape):
                 simt.program(sharing.open_program(gated.num_experts), counters_g)
 
             simt.program(sharing.meet_program, counters_g)
-            given = role - 1, weights_s, rows_s, out_s, full, free, None
-            first = HiddenMultiplier(gated, *given, (rows_scales_g, (gate_scales_g, up_scales_g)), hidden_g)
-            first = dataclasses.replace(first, hidden_scales_g=hidden_scales_g, counters_g=counters_g, met=met)
-            second = Multiplier(down, *given, (hidden_scales_g, (down_scales_g, down_scales_g)), out_g)
+            given = role - 1, weights_s, rows_s, out_s, full, free
+            first, second = _multipliers(
+                shape, given, (rows_scales_g, (gate_scales_g, up_scales_g)), (hidden_scales_g, (down_scales_g,) * 2),
+                hidden_g, hidden_scales_g, out_g, met,
+            )  # fmt: skip
+
+            def multiply_gated(item: Item):
+                """And says that the item's rows are there."""
+                first.visit(item)
+                plgpu.wait_smem_to_gmem(0)
+                simt.program(sharing.arrive_program, counters_g, words=(item.expert,))
 
             def advance(_, count):
                 plgpu.barrier_wait(queued.at[place(count + 1)])
                 return queue_s[place(count + 1)]
 
-            walk(advance, first.visit, second.visit)
+            walk(advance, multiply_gated, second.visit)
             plgpu.wait_smem_to_gmem(0)
             simt.program(sharing.leave_program(b.consumers * gated.num_sms), counters_g)
 
     return body
 
 
+def _multipliers(shape: Shape, given, scales, down_scales, hidden_g, hidden_scales_g, out_g, met) -> tuple[Any, Any]:
+    """What a consumer does with an item of the gated and of the down product."""
+    gated, down = shape.gated, shape.down
+    if gated.rows_first:
+        first = RowMultiplier(gated, *given, scales, hidden_g, hidden_scales_g)
+        return first, RowMultiplier(down, *given, down_scales, out_g)
+    kind = functools.partial(ScaledMultiplier, hidden_scales_g=hidden_scales_g, met=met) if gated.small else Multiplier
+    return kind(gated, *given, None, scales, hidden_g), Multiplier(down, *given, None, down_scales, out_g)
+
+
 @dataclasses.dataclass(frozen=True)
-class HiddenMultiplier(Multiplier):
-    """A consumer in the gated product, which says of each item that its rows are there.
+class ScaledMultiplier(Multiplier):
+    """A consumer in the gated product with float8, whose results are rounded to float8.
 
     Attributes:
-      hidden_scales_g: of float8 rows; counters_g: what the blocks tell each other.
+      hidden_scales_g: of the results' rows.
       met: a barrier of the consumers.
     """
 
     hidden_scales_g: Any = None
-    counters_g: Any = None
     met: Any = None
 
     def visit(self, item: Item) -> None:
-        if self.shape.small:
-            self._visit_scaled(item)
-        else:
-            super().visit(item)
-            plgpu.wait_smem_to_gmem(0)
-        simt.program(sharing.arrive_program, self.counters_g, words=(item.expert,))
-
-    def _visit_scaled(self, item: Item) -> None:
         """Tiles of 64 columns, rounded to float8 with a scale for the 128 columns of two and a row."""
         shape = self.shape
         for half, out in enumerate(self.results(self.products(item))):
@@ -226,8 +235,7 @@ class HiddenMultiplier(Multiplier):
             tile.T[...] = plgpu.layout_cast(out.astype(shape.out_dtype), TURNED)
         plgpu.commit_smem()
         self._meet()
-        pairs = shape.blocks.block_out // SCALED
-        for pair in range(pairs):
+        for pair in range(shape.blocks.block_out // SCALED):
             tiles = self.out_s.at[pl.ds(pair * (SCALED // HALF), SCALED // HALF)]
             column = shape.column(item.tile, 0) + pair * SCALED
             scalars = item.first, item.skipped, item.meant, column, self.own

@@ -103,7 +103,7 @@ def store_float8(tiles: Any, target: Any, scales: Any, transforms: Any, consumer
     turns.
 
     Args:
-      tiles: `[2, rows, 64]` bfloat16 in shared memory, in tiles of 8 rows of 128 bytes, swizzled.
+      tiles: `[2, rows, 64]` or `[rows, 128]` bfloat16 in shared memory, in tiles of 8 rows of 128 bytes, swizzled.
       target: `[rows, out]` float8_e4m3fn; scales: `[rows, out / 128]` float32; in global memory.
       transforms: of the tiles.
       consumers: warpgroups that share the rows.
@@ -111,22 +111,23 @@ def store_float8(tiles: Any, target: Any, scales: Any, transforms: Any, consumer
     """
     splat = plgpu.Layout.WG_SPLAT(())
     refs = plgpu.RefType(transforms), plgpu.RefType(), plgpu.RefType()
-    rows = tiles.shape[1]
+    of_half, of_rows = (tiles.shape[1] // ATOM, 1) if len(tiles.shape) == 3 else (1, BLOCK // 64)
 
     @plgpu.inline_mgpu(arg_types=(*refs, *[splat] * len(scalars)))
     def inlined(_ctx, tiles_s, target_g, scales_g, *values):
         given = [simt.Word(value.registers.flat[0]) for value in values]
         pointers = [simt.Pointer.of(ref) for ref in (tiles_s, target_g, scales_g)]
-        _store_float8(rows, target_g.type.shape[1], consumers, *pointers, *given)
+        _store_float8(of_half, of_rows, target_g.type.shape[1], consumers, *pointers, *given)
 
     inlined(tiles, target, scales, *scalars)
 
 
 def _store_float8(
-    rows: int, width: int, consumers: int, tiles: Pointer, target: Pointer, scales: Pointer, first: Word,
-    skipped: Word, meant: Word, column: Word, own: Word,
+    of_half: int, of_rows: int, width: int, consumers: int, tiles: Pointer, target: Pointer, scales: Pointer,
+    first: Word, skipped: Word, meant: Word, column: Word, own: Word,
 ) -> None:  # fmt: skip
-    """`store_float8`, thread by thread; a row of 128 columns is 16 vectors of 8."""
+    """`store_float8`, thread by thread; a row of 128 columns is 16 vectors of 8. of_half and of_rows: tiles of 1 KB
+    until the other 64 columns, and until the next 8 rows."""
     lanes, at_once = BLOCK // 8, simt.BLOCK_THREADS * 8 // BLOCK
     lane = _thread() % lanes
     half, inside = lane // ATOM, lane % ATOM
@@ -135,7 +136,7 @@ def _store_float8(
         last = meant - 1
         n = i + _thread() // lanes
         n = skipped + (n < last).select(n, last)  # a warp stays together: the last row may be stored twice
-        place = half * (rows * ATOM) + n // ATOM * (ATOM * ATOM) + n % ATOM * ATOM + inside.differ(n % ATOM)
+        place = (half * of_half + n // ATOM * of_rows) * (ATOM * ATOM) + n % ATOM * ATOM + inside.differ(n % ATOM)
         each = floats.Floats.of(tiles.load_vector(place, 8, simt.element_type("bfloat16"))).each()
         amax = floats.warp_reduce(floats.largest_magnitude(each), lambda a, b: a.maximum(b), lanes)
         scale = amax.maximum(SMALLEST_AMAX).times(1 / LARGEST)

@@ -57,8 +57,10 @@ def expert_blocks(dtype: Any, num_rows: int, num_experts: int, hidden: int, widt
 def fits_experts(blocks: ExpertBlocks, num_rows: int, hidden: int, width: int) -> bool:
     """Whether the blocks divide these sizes."""
     columns, depth = (1, 2) if blocks.terms else (2, 1)
+    whole = blocks.block_rows == 64 * blocks.consumers and blocks.block_out == SCALED and not blocks.terms
     return (
-        blocks.block_rows <= -(-num_rows // UNIT) * UNIT
+        (whole or not blocks.rows_first)
+        and blocks.block_rows <= -(-num_rows // UNIT) * UNIT
         and width % blocks.block_out == 0
         and hidden % (columns * blocks.block_out) == 0
         and hidden % blocks.block_in == 0

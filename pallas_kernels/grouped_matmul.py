@@ -39,9 +39,11 @@ class ExpertBlocks(GroupedBlocks):
     Attributes:
       terms: a stage of the down product holds block_out columns of 2 * block_in terms, not 2 * block_out of block_in:
         items half as large, which end more evenly, and rows that take twice the shared memory.
+      rows_first: of float8, consumers share the rows, 64 each, not the columns (`grouped_multiply_rows`).
     """
 
     terms: bool = True
+    rows_first: bool = False
 
 
 def grouped_matmul(

@@ -5,6 +5,7 @@ also over the seam between two items, so that reading never pauses; the others m
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -45,9 +46,14 @@ class Product:
         return self.split == "gated"
 
     @property
+    def rows_first(self) -> bool:
+        """Whether consumers share the rows, not the columns: `grouped_multiply_rows`."""
+        return getattr(self.blocks, "rows_first", False)
+
+    @property
     def share(self) -> int:
         """Columns of one consumer in a part."""
-        return self.blocks.block_out // self.blocks.consumers
+        return self.blocks.block_out // (1 if self.rows_first else self.blocks.consumers)
 
     @property
     def depth(self) -> int:
@@ -92,13 +98,16 @@ class Product:
         return (self.parts * b.block_out + rows) * b.block_in * jnp.dtype(self.in_dtype).itemsize
 
     @property
-    def out_tiles(self) -> int:
-        """Tiles of results in shared memory: a consumer's own, or all, where float8 needs 128 columns for a scale."""
-        return self.blocks.block_out // HALF if self.to_float8 else self.blocks.consumers
+    def out_tiles(self) -> tuple[int, ...]:
+        """Of results in shared memory: one a consumer, or all, where float8 needs 128 columns for a scale."""
+        if self.rows_first:
+            return self.blocks.consumers, 64, SCALED
+        tiles = self.blocks.block_out // HALF if self.to_float8 else self.blocks.consumers
+        return tiles, self.blocks.block_rows, HALF
 
     @property
     def out_bytes(self) -> int:
-        return self.out_tiles * self.blocks.block_rows * HALF * jnp.dtype(self.out_dtype).itemsize
+        return math.prod(self.out_tiles) * jnp.dtype(self.out_dtype).itemsize
 
     @property
     def out_transforms(self) -> tuple[Any, ...]:
@@ -212,7 +221,7 @@ def scratch(shape: Product) -> list[Any]:
     return [
         plgpu.SMEM((stages, shape.parts, *tile), shape.in_dtype, transforms=transforms),
         plgpu.SMEM((stages, shape.row_parts, b.block_rows, b.block_in), shape.in_dtype, transforms=transforms),
-        plgpu.SMEM((shape.out_tiles, b.block_rows, HALF), shape.out_dtype, transforms=shape.out_transforms),
+        plgpu.SMEM(shape.out_tiles, shape.out_dtype, transforms=shape.out_transforms),
         plgpu.SMEM((1 + b.consumers, 3, shape.num_experts + 1), jnp.int32),
         plgpu.Barrier(num_arrivals=shape.row_parts + shape.parts, num_barriers=stages),
         plgpu.Barrier(num_arrivals=b.consumers, num_barriers=stages),

@@ -17,7 +17,8 @@ interpreted = pytest.mark.skipif(
 )
 BF16 = [ExpertBlocks(8, 64, 64, None, 1, False), ExpertBlocks(16, 128, 64, None, 2), ExpertBlocks(8, 64, 64, 4, 1)]
 FLOAT8 = [
-    ExpertBlocks(8, 128, 128, None, 1), ExpertBlocks(16, 256, 128, None, 2, False), ExpertBlocks(48, 128, 128, None, 2)
+    ExpertBlocks(8, 128, 128, None, 1), ExpertBlocks(16, 256, 128, None, 2, False), ExpertBlocks(48, 128, 128, None, 2),
+    ExpertBlocks(128, 128, 128, None, 2, False, True),
 ]  # fmt: skip
 
 
@@ -27,7 +28,7 @@ def arrays(sizes, hidden, width, *, small=False, seed=0):
     sizes = np.asarray(sizes, np.int32)
     spans = -(-sizes // 8) * 8
     starts = (np.cumsum(spans) - spans).astype(np.int32)
-    rows = np.full((int(spans.sum()) + 16, hidden), np.nan, np.float32)
+    rows = np.full((max(int(spans.sum()) + 16, 128), hidden), np.nan, np.float32)
     for start, size in zip(starts, sizes, strict=True):
         rows[start : start + size] = rng.normal(size=(size, hidden))
     shapes = ((len(sizes), hidden, width),) * 2 + ((len(sizes), width, hidden),)

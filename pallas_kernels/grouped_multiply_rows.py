@@ -1,0 +1,188 @@
+"""The other way round for float8 and many rows: 64 rows are wgmma's M side, 128 columns of weights its N.
+
+Then a thread holds two rows instead of a quarter of them: their scales are two registers, not 32, and 128 rows of gate
+and up fit beside the product that is being scaled. Shared memory is read less: 6 KB for 64 x 128 x 32 terms instead of
+5 for 64 x 96. A block of rows that is partly empty costs a multiple of 64 rows.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+from jmoe.pallas_kernels import expert_products_share as sharing
+from jmoe.pallas_kernels import simt
+from jmoe.pallas_kernels.grouped_items import Item
+from jmoe.pallas_kernels.grouped_matmul import SCALED
+from jmoe.pallas_kernels.grouped_matmul_threads import store_rows
+from jmoe.pallas_kernels.grouped_multiply import LAYOUT, accumulator
+
+ROWS = 64  # of one consumer
+BY_ROW = LAYOUT.reduce(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowMultiplier:
+    """One consumer's view of the kernel: 64 rows of the item's block, all its columns.
+
+    Attributes:
+      shape: the `Product`, of float8.
+      own: number of this consumer.
+      weights_s, rows_s, full, free: the stages of the pipeline.
+      out_s: `[consumers, ROWS, SCALED]`.
+      scales: (rows' scales, of each part the weights' scales), in global memory.
+      out_g: in global memory; out_scales_g: where results are rounded to float8, their scales, else None.
+    """
+
+    shape: Any
+    own: Any
+    weights_s: Any
+    rows_s: Any
+    out_s: Any
+    full: Any
+    free: Any
+    scales: tuple[Any, tuple[Any, ...]]
+    out_g: Any
+    out_scales_g: Any = None
+
+    def visit(self, item: Item) -> None:
+        """The item's rows of this consumer, if any are meant."""
+        start = self.own * ROWS
+        low, high = (jnp.clip(n - start, 0, ROWS) for n in (item.skipped, item.skipped + item.meant))
+        mine = dataclasses.replace(item, first=item.first + start, skipped=low, meant=high - low)
+
+        @pl.when(mine.meant > 0)
+        def _():
+            self._multiply(mine)
+
+        @pl.when(mine.meant <= 0)
+        def _():
+            lax.fori_loop(0, self.shape.steps, lambda k, _: self._pass(item, k), None)
+
+    def _pass(self, item: Item, k: Any) -> None:
+        """A stage that nothing is needed of."""
+        slot = lax.rem(item.step + k, jnp.int32(self.shape.stages))
+        plgpu.barrier_wait(self.full.at[slot])
+        plgpu.barrier_arrive(self.free.at[slot])
+
+    def _multiply(self, item: Item) -> None:
+        products = self._products(item)
+        tile = self.out_s.at[self.own]
+        for part, out in enumerate(self._results(products)):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            tile[...] = out.astype(self.shape.out_dtype)
+            plgpu.commit_smem()
+            self._store(tile, item, self.shape.column(item.tile, part))
+
+    def _results(self, products: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not self.shape.gated:
+            return products
+        gate, up = products
+        return (gate / (1 + jnp.exp(-gate)) * up,)
+
+    def _products(self, item: Item) -> tuple[Any, ...]:
+        """[ROWS, SCALED] float32 for each part; every 128 terms are summed by themselves and scaled."""
+        shape, stages = self.shape, jnp.int32(self.shape.stages)
+        size, in_stage = (ROWS, SCALED), self.shape.depth // SCALED
+        by_row_g, by_block_g = self.scales
+
+        def factors(k):
+            """Of 128 terms: by row, and of each part the weights' block."""
+            blocks = [
+                by_block_g[part][item.expert, lax.div(shape.column(item.tile, part), SCALED), k]
+                for part in range(shape.parts)
+            ]
+            return self._by_row(by_row_g, item.first, k), *blocks
+
+        def product(slot, n, part):
+            terms = pl.ds(n * SCALED, SCALED)
+            rows = self.rows_s.at[slot, 0, pl.ds(self.own * ROWS, ROWS), terms]
+
+            def run(acc):
+                plgpu.wgmma(acc, rows, self.weights_s.at[slot, part, :, terms].T)
+                return acc[...]
+
+            return pl.run_scoped(run, accumulator(size, jnp.float32))
+
+        def step(k, state):
+            slot = lax.rem(item.step + k, stages)
+            totals, ahead = list(state[0]), state[1]
+
+            @pl.when(k > 0)
+            def _():
+                plgpu.barrier_wait(self.full.at[slot])
+
+            for n in range(in_stage):
+                by_row, *by_block = ahead
+                ahead = factors(jnp.minimum(k * in_stage + n + 1, shape.steps * in_stage - 1))
+                for part in range(shape.parts):
+                    found: Any = product(slot, n, part)
+                    if n == in_stage - 1 and part == shape.parts - 1:
+                        plgpu.barrier_arrive(self.free.at[slot])
+                    totals[part] += found * lax.broadcast_in_dim(by_row * by_block[part], size, (0,))
+            return tuple(totals), ahead
+
+        none = plgpu.layout_cast(jnp.zeros(size, jnp.float32), LAYOUT)
+        plgpu.barrier_wait(self.full.at[lax.rem(item.step, stages)])  # rows' scales may be as new as the rows
+        return lax.fori_loop(0, shape.steps, step, ((none,) * shape.parts, factors(0)))[0]
+
+    def _by_row(self, source: Any, first: Any, column: Any) -> Any:
+        """source[first : first + ROWS, column], a factor of each row."""
+        if not self.shape.interpret:
+            return load_by_row(source, first, jnp.int32(column))
+        cells = source.at[pl.ds(first, ROWS)].at[:, column]
+        return plgpu.load(cells, layout=BY_ROW, optimized=False)  # pyright: ignore[reportCallIssue]
+
+    def _store(self, tile: Any, item: Item, column: Any) -> None:
+        """The tile to the rows that are meant, and columns from `column` on."""
+        shape = self.shape
+        scalars = item.first, item.skipped, item.meant, column
+        if shape.interpret:
+            for n in range(0, ROWS, 8):  # groups start at multiples of 8
+
+                @pl.when((n >= item.skipped) & (n < item.skipped + item.meant))
+                def _(n=n):
+                    cells = pl.ds(item.first + n, 8), pl.ds(column, SCALED)
+                    plgpu.copy_smem_to_gmem(tile.at[pl.ds(n, 8)], self.out_g.at[cells])
+
+        elif self.out_scales_g is not None:
+            sharing.store_float8(tile, self.out_g, self.out_scales_g, shape.out_transforms, 1, *scalars, jnp.int32(0))
+        else:
+            store_rows(tile, self.out_g, shape.out_transforms, SCALED, *scalars)
+
+
+def load_by_row(source: Any, first: jax.Array, column: jax.Array) -> Any:
+    """source[first : first + ROWS, column] of float32 in global memory: `[ROWS]` in WGMMA.reduce(1), two a thread."""
+    splat = plgpu.Layout.WG_SPLAT(())
+    result = plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, layout=BY_ROW)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), splat, splat), return_type=result)
+    def inlined(_ctx, source_g, *values):
+        first, column = (simt.Word(value.registers.flat[0]) for value in values)
+        width, f32 = source_g.type.shape[1], ir.F32Type.get()
+        thread = simt.thread() % simt.BLOCK_THREADS
+        row = first + thread // simt.WARP * 16 + thread % simt.WARP // 4
+        base = simt.Pointer.of(source_g).skip(row, width * 4).at(column, f32)
+        to = BY_ROW.to_mgpu()
+        registers = np.empty(to.registers_shape((ROWS,)), dtype=object)
+        for i in range(2):
+            address = simt.mosaic.getelementptr(base, [8 * i * width], f32)
+            registers.flat[i] = _vector(llvm.load(f32, address, alignment=4))
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=to, _is_signed=None)
+
+    return inlined(source, first, column)
+
+
+def _vector(value: Any) -> Any:
+    """A register of one float."""
+    from jaxlib.mlir.dialects import vector
+
+    return vector.from_elements(ir.VectorType.get((1,), value.type), [value])
