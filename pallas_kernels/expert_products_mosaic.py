@@ -198,6 +198,8 @@ def _body(shape: Shape):
                 plgpu.barrier_wait(queued.at[place(count + 1)])
                 return queue_s[place(count + 1)]
 
+            if gated.rows_first:
+                first.open()
             walk(advance, multiply_gated, second.visit)
             plgpu.wait_smem_to_gmem(0)
             simt.program(sharing.leave_program(b.consumers * gated.num_sms), counters_g)

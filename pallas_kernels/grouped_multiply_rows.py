@@ -19,14 +19,24 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from jmoe.pallas_kernels import expert_products_share as sharing
-from jmoe.pallas_kernels import simt
+from jmoe.pallas_kernels import simt, simt_marks
 from jmoe.pallas_kernels.grouped_items import Item
 from jmoe.pallas_kernels.grouped_matmul import SCALED
 from jmoe.pallas_kernels.grouped_matmul_threads import store_rows
 from jmoe.pallas_kernels.grouped_multiply import LAYOUT, accumulator
 
 ROWS = 64  # of one consumer
+# A turn is a barrier of both consumers, one of which waits; Mosaic's own barriers have the numbers up to 4.
+_TAKE, _GIVE = "bar.sync", "bar.arrive"
+_FIRST_BARRIER = 8
 BY_ROW = LAYOUT.reduce(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine(Item):
+    """A consumer's rows of an item; both: whether the other consumer has rows of it, too."""
+
+    both: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +67,8 @@ class RowMultiplier:
         """The item's rows of this consumer, if any are meant."""
         start = self.own * ROWS
         low, high = (jnp.clip(n - start, 0, ROWS) for n in (item.skipped, item.skipped + item.meant))
-        mine = dataclasses.replace(item, first=item.first + start, skipped=low, meant=high - low)
+        both = (item.skipped + item.meant > ROWS).astype(jnp.int32)
+        mine = Mine(item.expert, item.tile, item.first + start, low, high - low, item.step, item.count, item.blocks, both)
 
         @pl.when(mine.meant > 0)
         def _():
@@ -73,7 +84,7 @@ class RowMultiplier:
         plgpu.barrier_wait(self.full.at[slot])
         plgpu.barrier_arrive(self.free.at[slot])
 
-    def _multiply(self, item: Item) -> None:
+    def _multiply(self, item: Mine) -> None:
         products = self._products(item)
         tile = self.out_s.at[self.own]
         for part, out in enumerate(self._results(products)):
@@ -88,7 +99,7 @@ class RowMultiplier:
         gate, up = products
         return (gate / (1 + jnp.exp(-gate)) * up,)
 
-    def _products(self, item: Item) -> tuple[Any, ...]:
+    def _products(self, item: Mine) -> tuple[Any, ...]:
         """[ROWS, SCALED] float32 for each part; every 128 terms are summed by themselves and scaled."""
         shape, stages = self.shape, jnp.int32(self.shape.stages)
         size, in_stage = (ROWS, SCALED), self.shape.depth // SCALED
@@ -107,7 +118,9 @@ class RowMultiplier:
             rows = self.rows_s.at[slot, 0, pl.ds(self.own * ROWS, ROWS), terms]
 
             def run(acc):
+                self._turn(_TAKE, item)
                 plgpu.wgmma(acc, rows, self.weights_s.at[slot, part, :, terms].T)
+                self._turn(_GIVE, item)
                 return acc[...]
 
             return pl.run_scoped(run, accumulator(size, jnp.float32))
@@ -134,6 +147,23 @@ class RowMultiplier:
         plgpu.barrier_wait(self.full.at[lax.rem(item.step, stages)])  # rows' scales may be as new as the rows
         return lax.fori_loop(0, shape.steps, step, ((none,) * shape.parts, factors(0)))[0]
 
+    def open(self) -> None:
+        """Before the first item: the first consumer's turn comes from the second."""
+        if self.turns:
+            simt.program(_turn_program(_GIVE), words=(self.own, (self.own == 1).astype(jnp.int32)))
+
+    @property
+    def turns(self) -> bool:
+        return not self.shape.interpret and self.shape.blocks.consumers == 2
+
+    def _turn(self, what: str, item: Mine) -> None:
+        """Products are asked for in turn, so that one consumer's stand in the tensor cores while the other scales its.
+
+        Not where the block's rows end with the first consumer's.
+        """
+        if self.turns:
+            simt.program(_turn_program(what), words=(self.own, item.both))
+
     def _by_row(self, source: Any, first: Any, column: Any) -> Any:
         """source[first : first + ROWS, column], a factor of each row."""
         if not self.shape.interpret:
@@ -157,6 +187,17 @@ class RowMultiplier:
             sharing.store_float8(tile, self.out_g, self.out_scales_g, shape.out_transforms, 1, *scalars, jnp.int32(0))
         else:
             store_rows(tile, self.out_g, shape.out_transforms, SCALED, *scalars)
+
+
+def _turn_program(what: str):
+    """`program(own, whether)`: waits for the consumer's turn, or gives it to the other one."""
+
+    def program(own: simt.Word, whether: simt.Word) -> None:
+        of = own if what == _TAKE else simt.word(1) - own
+        text = f"{{ .reg .pred p; setp.ne.s32 p, $1, 0; @p {what} $0, {2 * simt.BLOCK_THREADS}; }}"
+        simt_marks.run(text, [(of + _FIRST_BARRIER).value, whether.value], "r,r")
+
+    return program
 
 
 def load_by_row(source: Any, first: jax.Array, column: jax.Array) -> Any:
