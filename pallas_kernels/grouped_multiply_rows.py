@@ -67,7 +67,7 @@ class RowMultiplier:
         """The item's rows of this consumer, if any are meant."""
         start = self.own * ROWS
         low, high = (jnp.clip(n - start, 0, ROWS) for n in (item.skipped, item.skipped + item.meant))
-        both = (item.skipped + item.meant > ROWS).astype(jnp.int32)
+        both = ((item.skipped < ROWS) & (item.skipped + item.meant > ROWS)).astype(jnp.int32)
         mine = Mine(item.expert, item.tile, item.first + start, low, high - low, item.step, item.count, item.blocks, both)
 
         @pl.when(mine.meant > 0)
