@@ -1,5 +1,6 @@
-"""The grouped products as problems of the tuner: their candidates, and inputs as the expert FFN gives them."""
+"""The grouped products, alone and as one kernel of the FFN, as problems of the tuner: candidates and inputs."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -12,9 +13,9 @@ from expert_ffn_cases import Case, Inputs, scaled_weights
 from tune_blocks import Problem
 
 from jmoe.pallas_kernels.block_scaled import quantize_rows
-from jmoe.pallas_kernels.expert_ffn import ALIGN
-from jmoe.pallas_kernels.grouped_blocks import choose_blocks, grouped_shape
-from jmoe.pallas_kernels.grouped_matmul import GroupedBlocks, gated_grouped_matmul, grouped_matmul
+from jmoe.pallas_kernels.expert_ffn import ALIGN, pallas_ffn
+from jmoe.pallas_kernels.grouped_blocks import choose_blocks, expert_blocks, fits_experts, grouped_shape
+from jmoe.pallas_kernels.grouped_matmul import ExpertBlocks, GroupedBlocks, gated_grouped_matmul, grouped_matmul
 from jmoe.pallas_kernels.permute import num_padded_rows
 
 
@@ -84,3 +85,47 @@ def _product(op: Callable[..., Any], blocks: dict[str, int] | None) -> Callable[
         return op(rows, *weights, sizes, **options)
 
     return run
+
+
+def expert_problem(case: Case, inputs: list[Inputs], weights: tuple[Any, ...]) -> Problem:
+    """Both products in one kernel, timed as the whole FFN; the heuristic's choice may be two kernels."""
+    m, small = case.model, case.dtype == "fp8"
+    chosen = scaled_weights(weights) if small else weights
+    dtype, pairs = jnp.float8_e4m3fn if small else jnp.bfloat16, case.tokens * m.k
+    blocks = {"rows": pairs, "experts": m.experts, "hidden": m.hidden, "width": m.width}
+
+    def make(blocks: dict[str, Any] | None) -> Callable[..., Any]:
+        found = expert_blocks(jnp.dtype(dtype), pairs, m.experts, m.hidden, m.width)
+        return functools.partial(_ffn, found if blocks is None else ExpertBlocks(**blocks))
+
+    arguments = [(i.rows, i.local_idx, i.topk_weights, *chosen) for i in inputs]
+    found = [dataclasses.asdict(b) for b in expert_candidates(case)]
+    return Problem("expert_products", dtype, blocks, [_without_none(b) for b in found], make, arguments)
+
+
+def expert_candidates(case: Case) -> list[ExpertBlocks]:
+    """The estimate's rows with every split that divides; for many rows of float8 the one where rows stand first."""
+    m, small = case.model, case.dtype == "fp8"
+    pairs = case.tokens * m.k
+    rows = choose_blocks(pairs, m.experts, m.hidden, m.width, 2, small).block_rows
+    if small:
+        splits = [(128, 128, 1), (128, 128, 2), (128, 256, 1), (128, 256, 2)]
+    else:
+        splits = [(64, 64, 1), (64, 128, 1), (128, 64, 1), (128, 64, 2)]
+    found = [ExpertBlocks(rows, *split[:2], None, split[2], t) for split in splits for t in (True, False)]
+    if small and rows > 64:
+        found.append(ExpertBlocks(128, 128, 128, None, 2, False, True))
+    sums = 400 if small else 352  # floats of a thread, times 2
+    return [
+        b for b in found
+        if fits_experts(b, pairs, m.hidden, m.width)
+        and (b.rows_first or 2 * b.block_rows * b.block_out // (64 * b.consumers) <= sums)
+    ]  # fmt: skip
+
+
+def _without_none(blocks: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in blocks.items() if value is not None}
+
+
+def _ffn(blocks: ExpertBlocks | None, *arguments: Any) -> jax.Array:
+    return pallas_ffn(*arguments, blocks)

@@ -1,6 +1,6 @@
 """Measures block sizes of the Mosaic GPU kernels on the GPU at hand, and writes the best into the committed table.
 
-    python benchmarks/tune_blocks.py --ops gated_grouped_matmul,grouped_matmul --models qwen3-30b-a3b --tokens 16,128
+    python benchmarks/tune_blocks.py --ops expert_products --models qwen3-30b-a3b --tokens 16,128
     python benchmarks/tune_blocks.py ... --write                # also into pallas_kernels/block_table.json
 
 Every candidate is compiled (several at a time, of all problems), run once and compared with the heuristic's choice, and
@@ -87,18 +87,21 @@ def tune(
 
 
 def _grouped_problems(op: str, args: argparse.Namespace) -> Iterator[Problem]:
-    """The two grouped products at the shapes of the expert FFN's benchmark, uniform routing."""
-    from expert_ffn_tuning import grouped_problem
+    """The grouped products at the shapes of the expert FFN's benchmark, uniform routing."""
+    from expert_ffn_tuning import expert_problem, grouped_problem
 
     for name in args.models:
         weights = make_weights(MODELS[name])
         for dtype in args.dtypes:
             for tokens in args.tokens:
                 case = Case(name, tokens, dtype, "uniform")
-                yield grouped_problem(op, case, make_inputs(case), weights)
+                inputs = make_inputs(case)
+                yield expert_problem(case, inputs, weights) if op in FFN else grouped_problem(op, case, inputs, weights)
 
 
+FFN = ("expert_products",)
 PROBLEMS: dict[str, Callable[[str, argparse.Namespace], Iterator[Problem]]] = {
+    "expert_products": _grouped_problems,
     "gated_grouped_matmul": _grouped_problems,
     "grouped_matmul": _grouped_problems,
 }

@@ -109,7 +109,7 @@ def pallas_ffn(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj, blo
     permuted = permute(rows, local_idx, gate_proj.shape[0], align=ALIGN, float8=scaled, implementation="pallas")
     weights = gate_proj, up_proj, down_proj
     out = _one_by_one(permuted, local_idx.size, *weights) if blocks is None else _at_once(permuted, *weights, blocks)
-    return unpermute(out, permuted.positions, topk_weights, implementation="pallas")
+    return unpermute(out, permuted.positions, topk_weights, older_positions=True, implementation="pallas")
 
 
 def _at_once(permuted: Permuted, gate_proj, up_proj, down_proj, blocks: ExpertBlocks) -> jax.Array:

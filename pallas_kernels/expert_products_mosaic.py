@@ -1,7 +1,8 @@
 """Both products of the expert FFN in one kernel on Hopper, so that the memory never stands idle between them.
 
 One thread block an SM takes items of the gated product and then, its loads running on, those of the down product
-(`grouped_matmul_mosaic` says how an item is done; a stage holds gate and up, or two neighbouring blocks of down). Who comes first takes the next item: shared out in turn, some blocks would read 5 % more than others and end last.
+(`grouped_matmul_mosaic` says how an item is done; a stage holds gate and up, or two neighbouring blocks of down). Who
+comes first takes the next item: shared out in turn, some blocks would read 5 % more than others and end last.
 The rows of a down item are there once all gated items of its expert are done, which is counted in memory; items are
 taken in the order of the experts, so few ever wait: the first expert's are done long before.
 """
@@ -17,15 +18,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels import expert_products_share as sharing
-from jmoe.pallas_kernels import grouped_matmul_mosaic as products
 from jmoe.pallas_kernels import simt
 from jmoe.pallas_kernels.block_scaled import quantize_rows
 from jmoe.pallas_kernels.grouped_blocks import NUM_SMS, fits_experts
 from jmoe.pallas_kernels.grouped_items import Groups, Item
+from jmoe.pallas_kernels.grouped_load import Loader
 from jmoe.pallas_kernels.grouped_matmul import SCALED, ExpertBlocks
-from jmoe.pallas_kernels.grouped_matmul_mosaic import Loader, Product
-from jmoe.pallas_kernels.grouped_multiply import HALF, TURNED, Multiplier
+from jmoe.pallas_kernels.grouped_matmul_mosaic import kernel
+from jmoe.pallas_kernels.grouped_multiply import TURNED, Multiplier
 from jmoe.pallas_kernels.grouped_multiply_rows import RowMultiplier
+from jmoe.pallas_kernels.grouped_product import HALF, Product, check_blocks, scratch
 
 
 def expert_products(
@@ -47,16 +49,16 @@ def expert_products(
       `[rows, D]` bfloat16; rows of no group: anything. Between the products stands bfloat16, with float8 rounded once
       more as `quantize_rows` does.
     """
-    shape = shape_of(rows, gate_proj, down_proj, blocks, num_sms, interpret)
+    shape = shape_of(rows, gate_proj, blocks, num_sms, interpret)
     small = shape.gated.small
     gate, up, down = (w.values if small else w for w in (gate_proj, up_proj, down_proj))
     scales = [w.scales if small else None for w in (gate_proj, up_proj, down_proj)]
     if not interpret:
         return _kernel(shape)(rows, gate, up, down, group_sizes, group_starts, rows_scales, *scales)[2]
     groups = group_sizes, group_starts, None
-    hidden = products.kernel(shape.gated)(rows, gate, up, *groups, rows_scales, *scales[:2])
+    hidden = kernel(shape.gated)(rows, gate, up, *groups, rows_scales, *scales[:2])
     hidden, rows_scales = quantize_rows(hidden) if small else (hidden, None)
-    return products.kernel(shape.down)(hidden, down, down, *groups, rows_scales, scales[2], scales[2])
+    return kernel(shape.down)(hidden, down, down, *groups, rows_scales, scales[2], scales[2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Shape:
         return self.gated.stages + 2
 
 
-def shape_of(rows: Any, gate: Any, down: Any, blocks: ExpertBlocks, num_sms: int, interpret: bool) -> Shape:
+def shape_of(rows: Any, gate: Any, blocks: ExpertBlocks, num_sms: int, interpret: bool) -> Shape:
     """What is fixed when the kernel is compiled; raises ValueError for blocks that don't fit."""
     small = rows.dtype.itemsize == 1
     (num_experts, *_), (num_rows, hidden) = gate.shape, rows.shape
@@ -82,7 +84,7 @@ def shape_of(rows: Any, gate: Any, down: Any, blocks: ExpertBlocks, num_sms: int
             f"expert_ffn: expected block_out and block_in that divide hidden and width, one of them twice, with float8 "
             f"block_out a multiple of {SCALED}, got {blocks} for hidden {hidden} and width {width}"
         )
-    common = {"num_experts": num_experts, "parts": 2, "small": small, "out_dtype": jnp.dtype(jnp.bfloat16),
+    common: Any = {"num_experts": num_experts, "parts": 2, "small": small, "out_dtype": jnp.dtype(jnp.bfloat16),
               "blocks": blocks, "num_sms": num_sms, "interpret": interpret, "older_groups": False,
               "row_parts": 2 if blocks.terms else 1, "to_float8": small}  # fmt: skip
     down_split = "terms" if blocks.terms else "columns"
@@ -90,8 +92,8 @@ def shape_of(rows: Any, gate: Any, down: Any, blocks: ExpertBlocks, num_sms: int
         Product(num_rows, hidden, width, split="gated", **common),
         Product(num_rows, width, hidden, split=down_split, **common),
     )
-    products.check_blocks(shape.gated)
-    products.check_blocks(shape.down)
+    check_blocks(shape.gated)
+    check_blocks(shape.down)
     return shape
 
 
@@ -114,7 +116,7 @@ def _kernel(shape: Shape):
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         scratch_types=[
-            *products.scratch(gated),
+            *scratch(gated),
             plgpu.SMEM((shape.queue,), jnp.int32),
             plgpu.Barrier(num_barriers=shape.queue),
             plgpu.Barrier(num_arrivals=b.consumers),
@@ -129,7 +131,8 @@ def _body(shape: Shape):
 
     def body(
         rows_g, gate_g, up_g, down_g, sizes_g, starts_g, rows_scales_g, gate_scales_g, up_scales_g, down_scales_g,
-        hidden_g, hidden_scales_g, out_g, counters_g, weights_s, rows_s, out_s, words_s, full, free, queue_s, queued, met,
+        hidden_g, hidden_scales_g, out_g, counters_g, weights_s, rows_s, out_s, words_s, full, free, queue_s, queued,
+        met,
     ):  # fmt: skip
         block, role = lax.axis_index("sm"), lax.axis_index("wg")
         groups = Groups(gated.num_experts, b.block_rows, gated.rows, sizes_g, starts_g, words_s.at[role])
@@ -182,11 +185,10 @@ def _body(shape: Shape):
                 simt.program(sharing.open_program(gated.num_experts), counters_g)
 
             simt.program(sharing.meet_program, counters_g)
-            given = role - 1, weights_s, rows_s, out_s, full, free
-            first, second = _multipliers(
-                shape, given, (rows_scales_g, (gate_scales_g, up_scales_g)), (hidden_scales_g, (down_scales_g,) * 2),
-                hidden_g, hidden_scales_g, out_g, met,
-            )  # fmt: skip
+            given = {"own": role - 1, "weights_s": weights_s, "rows_s": rows_s, "out_s": out_s, "full": full,
+                     "free": free}  # fmt: skip
+            scales = rows_scales_g, gate_scales_g, up_scales_g, down_scales_g
+            first, second = _multipliers(shape, given, scales, (hidden_g, hidden_scales_g), out_g, met)
 
             def multiply_gated(item: Item):
                 """And says that the item's rows are there."""
@@ -201,20 +203,26 @@ def _body(shape: Shape):
             if gated.rows_first:
                 first.open()
             walk(advance, multiply_gated, second.visit)
-            plgpu.wait_smem_to_gmem(0)
             simt.program(sharing.leave_program(b.consumers * gated.num_sms), counters_g)
+            plgpu.wait_smem_to_gmem(0)
 
     return body
 
 
-def _multipliers(shape: Shape, given, scales, down_scales, hidden_g, hidden_scales_g, out_g, met) -> tuple[Any, Any]:
-    """What a consumer does with an item of the gated and of the down product."""
-    gated, down = shape.gated, shape.down
-    if gated.rows_first:
-        first = RowMultiplier(gated, *given, scales, hidden_g, hidden_scales_g)
-        return first, RowMultiplier(down, *given, down_scales, out_g)
-    kind = functools.partial(ScaledMultiplier, hidden_scales_g=hidden_scales_g, met=met) if gated.small else Multiplier
-    return kind(gated, *given, None, scales, hidden_g), Multiplier(down, *given, None, down_scales, out_g)
+def _multipliers(shape: Shape, given: dict[str, Any], scales, hidden, out_g, met) -> tuple[Any, Any]:
+    """What a consumer does with an item of the gated and of the down product.
+
+    scales: of rows, gate, up, down; hidden: the rows between the products and their scales.
+    """
+    hidden_g, hidden_scales_g = hidden
+    first = {**given, "shape": shape.gated, "scales": (scales[0], scales[1:3]), "out_g": hidden_g}
+    second = {**given, "shape": shape.down, "scales": (hidden_scales_g, (scales[3], scales[3])), "out_g": out_g}
+    if shape.gated.rows_first:
+        return RowMultiplier(**first, out_scales_g=hidden_scales_g), RowMultiplier(**second)
+    down = Multiplier(**second, row_weights_g=None)
+    if shape.gated.small:
+        return ScaledMultiplier(**first, row_weights_g=None, hidden_scales_g=hidden_scales_g, met=met), down
+    return Multiplier(**first, row_weights_g=None), down
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,7 @@ def ask_program(num_sms: int):
         with simt.when(_thread().equals(simt.WARP)):
             with simt.when(count.equals(0)):
                 simt_marks.wait(counters)
-            queue.store(place, simt_marks.add(counters, ASKED, 1) + num_sms)
+            queue.store(place, simt_marks.take(counters, ASKED) + num_sms)
 
     return program
 
@@ -90,14 +90,15 @@ def leave_program(consumers: int):
     def program(counters: Pointer) -> None:
         simt.barrier()
         with simt.when(_thread().equals(0)):
-            with simt.when(simt_marks.add(counters, DONE, 1).equals(consumers - 1)):
+            before = simt_marks.add(counters, DONE, 1)
+            with simt.when(before.equals(consumers - 1)):
                 simt_marks.wipe(counters)
 
     return program
 
 
 def store_float8(tiles: Any, target: Any, scales: Any, transforms: Any, consumers: int, *scalars: jax.Array) -> None:
-    """target[first + n, column + c] = float8(tiles[c // 64, n, c % 64] / scale), scales[first + n, column / 128] = scale.
+    """target[first + n, column + c] = float8(tiles[c // 64, n, c % 64] / scale), and the scale to scales.
 
     For n in skipped .. skipped + meant - 1; the scale as `quantize_rows` has it. 16 lanes take a row, the consumers
     turns.
@@ -115,8 +116,8 @@ def store_float8(tiles: Any, target: Any, scales: Any, transforms: Any, consumer
 
     @plgpu.inline_mgpu(arg_types=(*refs, *[splat] * len(scalars)))
     def inlined(_ctx, tiles_s, target_g, scales_g, *values):
-        given = [simt.Word(value.registers.flat[0]) for value in values]
-        pointers = [simt.Pointer.of(ref) for ref in (tiles_s, target_g, scales_g)]
+        given: Any = [simt.Word(value.registers.flat[0]) for value in values]
+        pointers: Any = [simt.Pointer.of(ref) for ref in (tiles_s, target_g, scales_g)]
         _store_float8(of_half, of_rows, target_g.type.shape[1], consumers, *pointers, *given)
 
     inlined(tiles, target, scales, *scalars)

@@ -12,6 +12,7 @@ UNIT = 8  # rows of one tile in shared memory
 NUM_SMS = 132
 LARGEST = {(1, False): 152, (2, False): 168, (1, True): 96, (2, True): 96}  # rows: what the registers hold, and shared
 # memory three stages of
+MANY = {False: 64, True: 72}  # rows of a block above which two kernels are as good as one
 
 
 def grouped_shape(num_rows: int, num_experts: int, num_in: int, num_out: int) -> dict[str, int]:
@@ -42,16 +43,26 @@ def blocks_for(op: str, dtype: Any, shape: Mapping[str, int]) -> GroupedBlocks:
 def expert_blocks(dtype: Any, num_rows: int, num_experts: int, hidden: int, width: int) -> ExpertBlocks | None:
     """Of both products in one kernel: measured ones, else an estimate; None where none fits these sizes."""
     shape = {"rows": num_rows, "experts": num_experts, "hidden": hidden, "width": width}
-    found = find_blocks("expert_products", dtype, shape)
+    found: Any = find_blocks("expert_products", dtype, shape)
     if found is not None and fits_experts(ExpertBlocks(**found), num_rows, hidden, width):
         return ExpertBlocks(**found)
     small = dtype.itemsize == 1
     rows = choose_blocks(num_rows, num_experts, hidden, width, 2, small).block_rows
-    for block_out, terms in ((128, rows <= 64), (128, False), (64, False)):
-        blocks = ExpertBlocks(rows, block_out, SCALED if small else 64, None, block_out // 64, terms)
-        if fits_experts(blocks, num_rows, hidden, width) and not (small and block_out < SCALED):
+    if rows > MANY[small]:
+        return None
+    for blocks in _expert_choices(rows, small):
+        if fits_experts(blocks, num_rows, hidden, width):
             return blocks
     return None
+
+
+def _expert_choices(rows: int, small: bool) -> list[ExpertBlocks]:
+    """In the order of preference: float8, read in pieces of 128 bytes, in deep stages; small items before large."""
+    if small:
+        ways = (True, False) if rows <= 64 else (False, True)  # rows twice in a stage would leave two stages
+        return [ExpertBlocks(rows, SCALED, depth, None, 2, terms) for depth in (256, SCALED) for terms in ways]
+    broad = [ExpertBlocks(rows, 128, 64, None, 2, terms) for terms in (True, False)]
+    return [*broad, ExpertBlocks(rows, 64, 64, None, 1), ExpertBlocks(rows, 64, 64, None, 1, False)]
 
 
 def fits_experts(blocks: ExpertBlocks, num_rows: int, hidden: int, width: int) -> bool:

@@ -16,14 +16,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
+from jaxlib.mlir.dialects import llvm, vector
 
 from jmoe.pallas_kernels import expert_products_share as sharing
 from jmoe.pallas_kernels import simt, simt_marks
 from jmoe.pallas_kernels.grouped_items import Item
 from jmoe.pallas_kernels.grouped_matmul import SCALED
 from jmoe.pallas_kernels.grouped_matmul_threads import store_rows
-from jmoe.pallas_kernels.grouped_multiply import LAYOUT, accumulator
+from jmoe.pallas_kernels.grouped_multiply import LAYOUT, accumulator, swiglu
 
 ROWS = 64  # of one consumer
 # A turn is a barrier of both consumers, one of which waits; Mosaic's own barriers have the numbers up to 4.
@@ -68,15 +68,17 @@ class RowMultiplier:
         start = self.own * ROWS
         low, high = (jnp.clip(n - start, 0, ROWS) for n in (item.skipped, item.skipped + item.meant))
         both = ((item.skipped < ROWS) & (item.skipped + item.meant > ROWS)).astype(jnp.int32)
-        mine = Mine(item.expert, item.tile, item.first + start, low, high - low, item.step, item.count, item.blocks, both)
+        mine = {**vars(item), "first": item.first + start, "skipped": low, "meant": high - low}
+        self._visit(Mine(**mine, both=both))
 
+    def _visit(self, mine: Mine) -> None:
         @pl.when(mine.meant > 0)
         def _():
             self._multiply(mine)
 
         @pl.when(mine.meant <= 0)
         def _():
-            lax.fori_loop(0, self.shape.steps, lambda k, _: self._pass(item, k), None)
+            lax.fori_loop(0, self.shape.steps, lambda k, _: self._pass(mine, k), None)
 
     def _pass(self, item: Item, k: Any) -> None:
         """A stage that nothing is needed of."""
@@ -97,7 +99,7 @@ class RowMultiplier:
         if not self.shape.gated:
             return products
         gate, up = products
-        return (gate / (1 + jnp.exp(-gate)) * up,)
+        return (swiglu(gate, up, self.shape.interpret),)
 
     def _products(self, item: Mine) -> tuple[Any, ...]:
         """[ROWS, SCALED] float32 for each part; every 128 terms are summed by themselves and scaled."""
@@ -186,7 +188,15 @@ class RowMultiplier:
         elif self.out_scales_g is not None:
             sharing.store_float8(tile, self.out_g, self.out_scales_g, shape.out_transforms, 1, *scalars, jnp.int32(0))
         else:
-            store_rows(tile, self.out_g, shape.out_transforms, SCALED, *scalars)
+
+            @pl.when(item.meant == ROWS)
+            def _():
+                cells = pl.ds(item.first, ROWS), pl.ds(column, SCALED)
+                plgpu.copy_smem_to_gmem(tile, self.out_g.at[cells])
+
+            @pl.when(item.meant < ROWS)
+            def _():
+                store_rows(tile, self.out_g, shape.out_transforms, SCALED, *scalars)
 
 
 def _turn_program(what: str):
@@ -224,6 +234,4 @@ def load_by_row(source: Any, first: jax.Array, column: jax.Array) -> Any:
 
 def _vector(value: Any) -> Any:
     """A register of one float."""
-    from jaxlib.mlir.dialects import vector
-
     return vector.from_elements(ir.VectorType.get((1,), value.type), [value])

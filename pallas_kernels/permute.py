@@ -77,6 +77,7 @@ def unpermute(
     positions: jax.Array,
     topk_weights: jax.Array | None = None,
     *,
+    older_positions: bool = False,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """out[r] = sum_j w[r, j] * rows[positions[r, j]] over positions >= 0, in float32, j ascending.
@@ -86,6 +87,8 @@ def unpermute(
       positions: `[rows, k]` int32 of `permute`.
       topk_weights: `[rows, k]` float32, or None where the rows are weighted already. Where it is 0 the row is not heard
         at all, so that what a muted row holds, NaN included, says nothing.
+      older_positions: what makes the rows waits for what made the positions: "pallas" may read these before it has
+        ended.
       implementation: as in `permute`.
 
     Returns:
@@ -102,7 +105,7 @@ def unpermute(
     if implementation == "pallas":
         from jmoe.pallas_kernels.permute_mosaic import unpermute_pallas
 
-        return unpermute_pallas(rows, positions, topk_weights)
+        return unpermute_pallas(rows, positions, topk_weights, older_positions)
     if implementation not in (None, "xla", "reference"):
         raise ValueError(
             f"unpermute: expected implementation 'xla', 'pallas', 'reference' or None, got {implementation!r}"

@@ -47,7 +47,9 @@ def permute_pallas(
     return out, sizes, starts, positions.reshape(num_rows, k), scales[0] if scales else None
 
 
-def unpermute_pallas(rows: jax.Array, positions: jax.Array, topk_weights: jax.Array | None) -> jax.Array:
+def unpermute_pallas(
+    rows: jax.Array, positions: jax.Array, topk_weights: jax.Array | None, older_positions: bool
+) -> jax.Array:
     """`unpermute` in one kernel: a thread sums 16 bytes of k rows, all k loads in flight; see there."""
     num_rows, k = positions.shape
     width = rows.shape[1]
@@ -57,36 +59,55 @@ def unpermute_pallas(rows: jax.Array, positions: jax.Array, topk_weights: jax.Ar
             f"unpermute: 'pallas' expected 16- or 32-bit floats, rows of a multiple of {VECTOR_BYTES} bytes, got "
             f"{rows.dtype} and {width} columns"
         )
-    blocks = _ceil_div(width // lanes, BLOCK_THREADS)
+    blocks, each = _ceil_div(width // lanes, BLOCK_THREADS), _rows_of_block(num_rows, k)
 
     def unpermute_rows(*refs):
-        simt.follow()
-        simt.program(_combine(k, width, lanes, blocks, rows.dtype, topk_weights is not None), *refs)
+        if not older_positions:
+            simt.follow()
+        weighted = topk_weights is not None
+        simt.program(_combine(num_rows, each, k, width, lanes, blocks, rows.dtype, weighted, older_positions), *refs)
+        if older_positions:
+            simt.follow()
 
     kernel = plgpu.kernel(
         unpermute_rows,
         out_type=jax.ShapeDtypeStruct((num_rows, width), jnp.float32),
-        grid=(num_rows * blocks,),
+        grid=(_ceil_div(num_rows, each) * blocks,),
         grid_names=("block",),
     )
     weights = () if topk_weights is None else (topk_weights.reshape(-1),)
     return kernel(rows, positions.reshape(-1), *weights)
 
 
-def _combine(k: int, width: int, lanes: int, blocks: int, dtype: Any, weighted: bool) -> Callable[..., None]:
-    """Block b sums chunk b % blocks of row b // blocks."""
+def _rows_of_block(num_rows: int, k: int) -> int:
+    """Rows that a block sums: more where a row has few choices and there are rows enough, to have 4 loads in flight."""
+    return max(1, min(4 // k, num_rows // 1024))
+
+
+def _combine(
+    num_rows: int, each: int, k: int, width: int, lanes: int, blocks: int, dtype: Any, weighted: bool, early: bool
+) -> Callable[..., None]:
+    """Block b sums chunk b % blocks of `each` rows from b // blocks * each on. early: before the rows are there."""
 
     def program(rows: Pointer, positions: Pointer, *weights_and_out: Pointer):
         *weights, out = weights_and_out
-        row = simt.block() // blocks
+        first = simt.block() // blocks * each
         index = simt.thread() + simt.block() % blocks * BLOCK_THREADS
-        with simt.when(index < width // lanes):
-            places = [positions.load(row * k + j) for j in range(k)]
-            shares = [floats.Float.load(weights[0], row * k + j) for j in range(k)] if weighted else []
+
+        def places_of(row):
+            return [positions.load(row * k + j) for j in range(k)]
+
+        def shares_of(row):
+            return [floats.Float.load(weights[0], row * k + j) for j in range(k)] if weighted else []
+
+        def ask(places):
             terms = []
             for place in places:
                 source = rows.skip((place < 0).select(0, place), width * jnp.dtype(dtype).itemsize)
                 terms.append(floats.Floats.of(source.load_vector(index, lanes, simt.element_type(dtype))))
+            return terms
+
+        def add(row, places, shares, terms):
             total = floats.Floats.zeros(lanes)
             for j, term in enumerate(terms):
                 heard = places[j] >= 0
@@ -96,6 +117,17 @@ def _combine(k: int, width: int, lanes: int, blocks: int, dtype: Any, weighted: 
             target = out.skip(row, width * 4)
             for i, four in enumerate(total.fours()):
                 target.store_vector(index * (lanes // 4) + i, four)
+
+        numbers = [first + i for i in range(each)]
+        if num_rows % each:
+            numbers = [(row < num_rows).select(row, num_rows - 1) for row in numbers]  # the last one again
+        found = [places_of(row) for row in numbers]
+        if early:
+            simt.follow_inside()
+        with simt.when(index < width // lanes):
+            asked = [(shares_of(row), ask(places)) for row, places in zip(numbers, found, strict=True)]
+            for row, places, (shares, terms) in zip(numbers, found, asked, strict=True):
+                add(row, places, shares, terms)
 
     return program
 

@@ -38,6 +38,12 @@ def follow() -> None:
     plgpu.griddepcontrol_launch_dependents()
 
 
+def follow_inside() -> None:
+    """The same in the midst of a program; the kernel calls `follow` behind it, which says that it does so at all."""
+    for text in ("griddepcontrol.wait;", "griddepcontrol.launch_dependents;"):
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "~{memory}", has_side_effects=True)
+
+
 class Word:
     """A 32-bit integer (or, from a comparison, one bit) of one thread. Division and remainder take it as unsigned."""
 
@@ -228,10 +234,15 @@ def warp_barrier() -> None:
     mosaic.warp_barrier()
 
 
+def elements_of(value: Any) -> list[Any]:
+    """The elements of an MLIR vector."""
+    [length] = value.type.shape
+    return [vector.extract(value, dynamic_position=[], static_position=[i]) for i in range(length)]
+
+
 def words_of(value: Any) -> list[Word]:
     """The words of an MLIR vector."""
-    [length] = value.type.shape
-    return [Word(vector.extract(value, dynamic_position=[], static_position=[i])) for i in range(length)]
+    return [Word(element) for element in elements_of(value)]
 
 
 def element_type(dtype: Any) -> Any:

@@ -59,6 +59,12 @@ def wait_for(pointer: Pointer, index: Word, least: Word) -> None:
     run(text, [pointer.at(index, simt.i32()), simt.raw(least)], "l,r")
 
 
+def take(pointer: Pointer, index: Word | int) -> Word:
+    """The next number of a counter that says nothing of other memory."""
+    text, operands = "atom.relaxed.gpu.global.add.u32 $0, [$1], 1;", [pointer.at(index, simt.i32())]
+    return Word(llvm.inline_asm(simt.i32(), operands, text, "=r,l", has_side_effects=True))
+
+
 def add_if(condition: Word, pointer: Pointer, index: Word | int, count: Word | int) -> None:
     """As `add`, of the threads whose bit is set, without a branch: wgmma behind one would wait for each product."""
     text = (

@@ -343,5 +343,6 @@ def install(monkeypatch) -> None:
     monkeypatch.setattr(simt, "warp", warp)
     monkeypatch.setattr(simt, "block", lambda: Word(np.full(THREADS, MACHINE.block, np.int32)))
     monkeypatch.setattr(simt, "follow", lambda: None)
+    monkeypatch.setattr(simt, "follow_inside", lambda: None)
     monkeypatch.setattr(simt, "warp_barrier", lambda: None)
     monkeypatch.setattr(simt, "words_of", lambda value: [Word(column) for column in value.T])

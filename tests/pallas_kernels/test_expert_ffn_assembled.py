@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from jmoe.pallas_kernels import expert_ffn as module
-from jmoe.pallas_kernels.block_scaled import quantize_blocks
+from jmoe.pallas_kernels.block_scaled import quantize_blocks, quantize_rows
 from jmoe.pallas_kernels.expert_ffn import expert_ffn
+from jmoe.pallas_kernels.grouped_matmul import ExpertBlocks
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 import simt_emulator
 
-E, D, F, K = 8, 128, 128, 3
+E, D, F, K = 8, 256, 256, 3
 
 
 def product(rows, *weights_and_sizes, group_starts, rows_scales=None, **_options):
@@ -34,12 +35,28 @@ def product(rows, *weights_and_sizes, group_starts, rows_scales=None, **_options
     return np.asarray(jnp.asarray(out, jnp.bfloat16))
 
 
-@pytest.fixture
-def pallas(monkeypatch):
+def both_products(permuted, gate_proj, up_proj, down_proj, blocks):
+    """`expert_products`."""
+    groups = {"group_starts": permuted.group_starts}
+    hidden = product(permuted.rows, gate_proj, up_proj, permuted.group_sizes, rows_scales=permuted.scales, **groups)
+    hidden, scales = (hidden, None) if permuted.scales is None else jax.jit(quantize_rows)(jnp.nan_to_num(hidden))
+    assert blocks.block_rows % 8 == 0
+    return product(hidden, down_proj, permuted.group_sizes, rows_scales=scales, **groups)
+
+
+@pytest.fixture(params=["at once", "one by one"])
+def pallas(monkeypatch, request):
     """The body of the Mosaic form, outside its custom_vjp, which would trace it."""
     simt_emulator.install(monkeypatch)
     for name in ("gated_grouped_matmul", "grouped_matmul"):
         monkeypatch.setattr(module, name, product)
+    if request.param == "at once":
+        monkeypatch.setattr(module, "expert_blocks", lambda *_: ExpertBlocks(8))
+        monkeypatch.setattr(module, "_at_once", both_products)
+        monkeypatch.setattr(module, "_one_by_one", None)
+    else:
+        monkeypatch.setattr(module, "expert_blocks", lambda *_: None)
+        monkeypatch.setattr(module, "_at_once", None)
     return module._pallas.fun
 
 
@@ -83,6 +100,7 @@ def test_a_muted_choice_of_a_broken_expert_is_not_heard(pallas):
 
 
 def test_gradients_are_the_xla_forms(monkeypatch):
+    monkeypatch.setattr(module, "expert_blocks", lambda *_: None)
     for name in ("permute", "unpermute", "gated_grouped_matmul", "grouped_matmul"):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=function, **k: f(*a, **(k | {"implementation": "xla"})))

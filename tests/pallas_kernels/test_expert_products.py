@@ -1,4 +1,4 @@
-"""Both products of the expert FFN in one kernel: by the interpreter as two kernels, whole ahead of time and on a GPU."""
+"""Both products of the expert FFN in one kernel: interpreted as two, compiled ahead of time, and on a GPU."""
 
 import importlib.util
 

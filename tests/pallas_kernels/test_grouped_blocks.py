@@ -1,18 +1,25 @@
 """The block sizes that the grouped products choose, and what a thread block finds of its items."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import pytest
 
-from jmoe.pallas_kernels import grouped_matmul_mosaic as mosaic
+from jmoe.pallas_kernels import grouped_blocks
+from jmoe.pallas_kernels.block_table import find_blocks
+from jmoe.pallas_kernels.expert_products_mosaic import shape_of
 from jmoe.pallas_kernels.grouped_blocks import choose_blocks
+from jmoe.pallas_kernels.grouped_product import Product, check_blocks
 
 # experts, choices a token, hidden, width: Qwen3-30B-A3B, a node of DeepSeek-V3, DBRX, Mixtral-8x22B, and odd ones
 MODELS = [(128, 8, 2048, 768), (32, 1, 7168, 2048), (16, 4, 6144, 10752), (8, 2, 6144, 16384), (3, 1, 192, 320)]
 
 
 def product(rows, num_experts, num_in, num_out, parts, small, blocks):
-    return mosaic.Product(
-        rows, num_in, num_out, num_experts, parts, small, jnp.dtype(jnp.bfloat16), blocks, 132, False, False
+    split = "gated" if parts == 2 else "columns"
+    return Product(
+        rows, num_in, num_out, num_experts, parts, split, small, jnp.dtype(jnp.bfloat16), blocks, 132, False, False
     )
 
 
@@ -26,11 +33,30 @@ def test_what_is_chosen_runs(model, tokens):
         for small in (False, True) if hidden % 128 == 0 and width % 128 == 0 else (False,):
             blocks = choose_blocks(pairs, num_experts, num_in, num_out, parts, small)
             shape = product(pairs + 8 * num_experts, num_experts, num_in, num_out, parts, small, blocks)
-            mosaic._check_blocks(shape)
+            check_blocks(shape)
             assert shape.stages >= 3
             average = pairs / num_experts
             assert blocks.block_rows <= max(16, 4 * average), "rows of a block that hold none"
             assert blocks.block_rows >= min(64, average), "weights that are read again"
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100", "NVIDIA H200"])
+@pytest.mark.parametrize("model", MODELS, ids=str)
+@pytest.mark.parametrize("tokens", [8, 16, 100, 512, 4096, 65536])
+def test_what_is_chosen_for_both_products_runs(model, tokens, kind, monkeypatch):
+    """By the table of a kind or by the estimate: equal stages of both products, three at least."""
+    num_experts, k, hidden, width = model
+    monkeypatch.setattr(grouped_blocks, "find_blocks", functools.partial(find_blocks, kind=kind))
+    for dtype in (jnp.bfloat16, jnp.float8_e4m3fn):
+        blocks = grouped_blocks.expert_blocks(jnp.dtype(dtype), tokens * k, num_experts, hidden, width)
+        if blocks is None:
+            assert tokens > 100 or hidden == 192, "few rows are what the kernel is for"
+            continue
+        rows = jax.ShapeDtypeStruct((tokens * k + 8 * num_experts, hidden), dtype)
+        small = rows.dtype.itemsize == 1
+        sizes = (num_experts, width, hidden) if small else (num_experts, hidden, width)
+        shape = shape_of(rows, jax.ShapeDtypeStruct(sizes, dtype), blocks, 132, False)
+        assert shape.gated.stages == shape.down.stages >= (2 if blocks.block_in == 256 else 3)
 
 
 def test_padding_is_not_counted():
