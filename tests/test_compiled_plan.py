@@ -105,7 +105,7 @@ def test_plan_of_a_colocated_cell_on_hopper(imaginary_mesh, monkeypatch):
     text = lower_program(cell, devices, "colocated", ("decode", False)).compile().as_text()
     assert not faults(text, forbidden_sizes(cell, devices))
     kernels = text.count('custom_call_target="mosaic_gpu')
-    assert kernels == 3 * 9 + 2 + 1, "residual_norm before the projections of all layers but the first, and the head"
+    assert kernels == 3 * 8 + 2 + 1, "residual_norm before the projections of all layers but the first, and the head"
     assert f"f32[{cell.rows},{MODEL.vocab_size}]" not in text
 
 
