@@ -59,55 +59,44 @@ def unpermute_pallas(
             f"unpermute: 'pallas' expected 16- or 32-bit floats, rows of a multiple of {VECTOR_BYTES} bytes, got "
             f"{rows.dtype} and {width} columns"
         )
-    blocks, each = _ceil_div(width // lanes, BLOCK_THREADS), _rows_of_block(num_rows, k)
+    blocks = _ceil_div(width // lanes, BLOCK_THREADS)
 
     def unpermute_rows(*refs):
         if not older_positions:
             simt.follow()
         weighted = topk_weights is not None
-        simt.program(_combine(num_rows, each, k, width, lanes, blocks, rows.dtype, weighted, older_positions), *refs)
+        simt.program(_combine(k, width, lanes, blocks, rows.dtype, weighted, older_positions), *refs)
         if older_positions:
             simt.follow()
 
     kernel = plgpu.kernel(
         unpermute_rows,
         out_type=jax.ShapeDtypeStruct((num_rows, width), jnp.float32),
-        grid=(_ceil_div(num_rows, each) * blocks,),
+        grid=(num_rows * blocks,),
         grid_names=("block",),
     )
     weights = () if topk_weights is None else (topk_weights.reshape(-1),)
     return kernel(rows, positions.reshape(-1), *weights)
 
 
-def _rows_of_block(num_rows: int, k: int) -> int:
-    """Rows that a block sums: more where a row has few choices and there are rows enough, to have 4 loads in flight."""
-    return max(1, min(4 // k, num_rows // 1024))
-
-
 def _combine(
-    num_rows: int, each: int, k: int, width: int, lanes: int, blocks: int, dtype: Any, weighted: bool, early: bool
+    k: int, width: int, lanes: int, blocks: int, dtype: Any, weighted: bool, early: bool
 ) -> Callable[..., None]:
-    """Block b sums chunk b % blocks of `each` rows from b // blocks * each on. early: before the rows are there."""
+    """Block b sums chunk b % blocks of row b // blocks. early: positions are read before the rows are there."""
 
     def program(rows: Pointer, positions: Pointer, *weights_and_out: Pointer):
         *weights, out = weights_and_out
-        first = simt.block() // blocks * each
+        row = simt.block() // blocks
         index = simt.thread() + simt.block() % blocks * BLOCK_THREADS
-
-        def places_of(row):
-            return [positions.load(row * k + j) for j in range(k)]
-
-        def shares_of(row):
-            return [floats.Float.load(weights[0], row * k + j) for j in range(k)] if weighted else []
-
-        def ask(places):
+        places = [positions.load(row * k + j) for j in range(k)]
+        if early:
+            simt.follow_inside()
+        with simt.when(index < width // lanes):
+            shares = [floats.Float.load(weights[0], row * k + j) for j in range(k)] if weighted else []
             terms = []
             for place in places:
                 source = rows.skip((place < 0).select(0, place), width * jnp.dtype(dtype).itemsize)
                 terms.append(floats.Floats.of(source.load_vector(index, lanes, simt.element_type(dtype))))
-            return terms
-
-        def add(row, places, shares, terms):
             total = floats.Floats.zeros(lanes)
             for j, term in enumerate(terms):
                 heard = places[j] >= 0
@@ -117,17 +106,6 @@ def _combine(
             target = out.skip(row, width * 4)
             for i, four in enumerate(total.fours()):
                 target.store_vector(index * (lanes // 4) + i, four)
-
-        numbers = [first + i for i in range(each)]
-        if num_rows % each:
-            numbers = [(row < num_rows).select(row, num_rows - 1) for row in numbers]  # the last one again
-        found = [places_of(row) for row in numbers]
-        if early:
-            simt.follow_inside()
-        with simt.when(index < width // lanes):
-            asked = [(shares_of(row), ask(places)) for row, places in zip(numbers, found, strict=True)]
-            for row, places, (shares, terms) in zip(numbers, found, asked, strict=True):
-                add(row, places, shares, terms)
 
     return program
 
