@@ -107,13 +107,10 @@ class RowMultiplier:
         size, in_stage = (ROWS, SCALED), self.shape.depth // SCALED
         by_row_g, by_block_g = self.scales
 
-        def factors(k):
-            """Of 128 terms: by row, and of each part the weights' block."""
-            blocks = [
-                by_block_g[part][item.expert, lax.div(shape.column(item.tile, part), SCALED), k]
-                for part in range(shape.parts)
-            ]
-            return self._by_row(by_row_g, item.first, k), *blocks
+        def by_blocks(k):
+            """Of 128 terms the weights' factor, of each part."""
+            columns = [lax.div(shape.column(item.tile, part), SCALED) for part in range(shape.parts)]
+            return [by_block_g[part][item.expert, column, k] for part, column in enumerate(columns)]
 
         def product(slot, n, part):
             terms = pl.ds(n * SCALED, SCALED)
@@ -136,8 +133,11 @@ class RowMultiplier:
                 plgpu.barrier_wait(self.full.at[slot])
 
             for n in range(in_stage):
-                by_row, *by_block = ahead
-                ahead = factors(jnp.minimum(k * in_stage + n + 1, shape.steps * in_stage - 1))
+                by_row, number = ahead, k * in_stage + n
+                # The rows' factors are asked for 128 terms before they are needed; the blocks', too, would leave too
+                # few registers: in some shapes 60 of them went to memory and back in every step, and it took half more.
+                by_block = by_blocks(number)
+                ahead = self._by_row(by_row_g, item.first, jnp.minimum(number + 1, shape.steps * in_stage - 1))
                 for part in range(shape.parts):
                     found: Any = product(slot, n, part)
                     if n == in_stage - 1 and part == shape.parts - 1:
@@ -147,7 +147,7 @@ class RowMultiplier:
 
         none = plgpu.layout_cast(jnp.zeros(size, jnp.float32), LAYOUT)
         plgpu.barrier_wait(self.full.at[lax.rem(item.step, stages)])  # rows' scales may be as new as the rows
-        return lax.fori_loop(0, shape.steps, step, ((none,) * shape.parts, factors(0)))[0]
+        return lax.fori_loop(0, shape.steps, step, ((none,) * shape.parts, self._by_row(by_row_g, item.first, 0)))[0]
 
     def open(self) -> None:
         """Before the first item: the first consumer's turn comes from the second."""
