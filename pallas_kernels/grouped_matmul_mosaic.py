@@ -4,6 +4,8 @@ One thread block an SM walks over (expert, columns, block of rows); its first wa
 also over the seam between two items, so that reading never pauses; the others multiply, each its share of the columns.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -14,6 +16,7 @@ from jmoe.pallas_kernels.grouped_blocks import NUM_SMS, UNIT, choose_blocks
 from jmoe.pallas_kernels.grouped_items import Groups, Item
 from jmoe.pallas_kernels.grouped_load import Loader
 from jmoe.pallas_kernels.grouped_multiply import Multiplier
+from jmoe.pallas_kernels.grouped_multiply_rows import RowMultiplier
 from jmoe.pallas_kernels.grouped_product import Product, check_blocks, scratch
 
 
@@ -142,7 +145,10 @@ def _body(shape: Product):
             follow()
             groups.line_up()
             scales = (rows_scales_g, (gate_scales_g, up_scales_g)[: shape.parts])
-            multiplier = Multiplier(shape, role - 1, weights_s, rows_s, out_s, full, free, row_weights_g, scales, out_g)
+            given: Any = {"shape": shape, "own": role - 1, "weights_s": weights_s, "rows_s": rows_s, "out_s": out_s,
+                          "full": full, "free": free, "scales": scales, "out_g": out_g}  # fmt: skip
+            rows_first = shape.rows_first
+            multiplier = RowMultiplier(**given) if rows_first else Multiplier(**given, row_weights_g=row_weights_g)
             walk(multiplier.visit)
             plgpu.wait_smem_to_gmem(0)
 
