@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 logger = logging.getLogger(__name__)
+NUM_SMS = 132  # of an H100; for a GPU that isn't there
 
 
 @functools.cache
@@ -16,6 +17,13 @@ def has_hopper() -> bool:
     if jax.default_backend() != "gpu":
         return False
     return str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9.")
+
+
+def num_sms() -> int:
+    """SMs of the GPU at hand; other Hopper GPUs have fewer, or less of them switched on."""
+    if jax.default_backend() != "gpu":
+        return NUM_SMS
+    return int(getattr(jax.devices()[0], "core_count", NUM_SMS))
 
 
 def by_platform(op: str, pallas: Callable[..., Any], xla: Callable[..., Any], *arguments: Any) -> Any:

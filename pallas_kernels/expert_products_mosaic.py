@@ -17,10 +17,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jmoe.pallas_kernels import choice, simt
 from jmoe.pallas_kernels import expert_products_share as sharing
-from jmoe.pallas_kernels import simt
 from jmoe.pallas_kernels.block_scaled import quantize_rows
-from jmoe.pallas_kernels.grouped_blocks import NUM_SMS, fits_experts
+from jmoe.pallas_kernels.grouped_blocks import fits_experts
 from jmoe.pallas_kernels.grouped_items import Groups, Item
 from jmoe.pallas_kernels.grouped_load import Loader
 from jmoe.pallas_kernels.grouped_matmul import SCALED, ExpertBlocks
@@ -31,7 +31,7 @@ from jmoe.pallas_kernels.grouped_product import HALF, Product, check_blocks, scr
 
 
 def expert_products(
-    rows, gate_proj, up_proj, down_proj, group_sizes, group_starts, rows_scales=None, *, blocks, num_sms=NUM_SMS,
+    rows, gate_proj, up_proj, down_proj, group_sizes, group_starts, rows_scales=None, *, blocks, num_sms=None,
     interpret=False,
 ):  # fmt: skip
     """down[e](silu(x gate[e]) * (x up[e])) for the rows of each group, `group_starts[e]` on; see `grouped_matmul`.
@@ -42,14 +42,14 @@ def expert_products(
       group_sizes, group_starts: `[E]` int32.
       rows_scales: `[rows, D / 128]` float32 or None.
       blocks: how the work is cut; with float8 block_out is a multiple of 128.
-      num_sms: thread blocks; all of them must be able to run at once.
+      num_sms: thread blocks; all of them must be able to run at once. None for an SM each.
       interpret: run by the interpreter, which has no atomics: as two kernels.
 
     Returns:
       `[rows, D]` bfloat16; rows of no group: anything. Between the products stands bfloat16, with float8 rounded once
       more as `quantize_rows` does.
     """
-    shape = shape_of(rows, gate_proj, blocks, num_sms, interpret)
+    shape = shape_of(rows, gate_proj, blocks, num_sms or choice.num_sms(), interpret)
     small = shape.gated.small
     gate, up, down = (w.values if small else w for w in (gate_proj, up_proj, down_proj))
     scales = [w.scales if small else None for w in (gate_proj, up_proj, down_proj)]

@@ -15,8 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels import greedy_head_largest as largest
+from jmoe.pallas_kernels.choice import NUM_SMS
 from jmoe.pallas_kernels.greedy_head import UNIT
-from jmoe.pallas_kernels.grouped_blocks import NUM_SMS
 
 SMEM_BYTES = 225 * 1024  # of 227, the rest for barriers and alignment
 CONSUMERS = 2

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from jmoe.pallas_kernels.block_table import find_blocks
+from jmoe.pallas_kernels.choice import NUM_SMS
 from jmoe.pallas_kernels.grouped_matmul import SCALED, ExpertBlocks, GroupedBlocks
 
 UNIT = 8  # rows of one tile in shared memory
-NUM_SMS = 132
 LARGEST = {(1, False): 152, (2, False): 168, (1, True): 96, (2, True): 96}  # rows: what the registers hold, and shared
 # memory three stages of
 MANY = {False: 64, True: 72}  # rows of a block above which two kernels are as good as one

@@ -12,7 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jmoe.pallas_kernels.grouped_blocks import NUM_SMS, UNIT, choose_blocks
+from jmoe.pallas_kernels.choice import NUM_SMS
+from jmoe.pallas_kernels.grouped_blocks import UNIT, choose_blocks
 from jmoe.pallas_kernels.grouped_items import Groups, Item
 from jmoe.pallas_kernels.grouped_load import Loader
 from jmoe.pallas_kernels.grouped_multiply import Multiplier

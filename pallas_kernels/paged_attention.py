@@ -9,11 +9,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jmoe.pallas_kernels.choice import by_platform
+from jmoe.pallas_kernels.choice import by_platform, num_sms
 
 Implementation = Literal["xla", "pallas", "reference"]
 MASKED = -1e30  # finite, so that a row with nothing to attend to yields numbers, not NaN
-NUM_SMS = 132  # of an H100; for a GPU that isn't there
 
 
 def cells_of(
@@ -160,7 +159,7 @@ def _pallas(q, *arrays, sliding_window, soft_cap):
 def _pallas_decode(q, *arrays, interpret=False, **options):
     from jmoe.pallas_kernels.paged_decode_mosaic import paged_decode
 
-    return paged_decode(q[:, 0], *arrays, num_sms=_num_sms(), interpret=interpret, **options)[:, None]
+    return paged_decode(q[:, 0], *arrays, num_sms=num_sms(), interpret=interpret, **options)[:, None]
 
 
 def _pallas_prefill(q, k_pages, v_pages, page_table, start_pos, num_tokens, sinks, k_scale, v_scale, **options):
@@ -175,12 +174,6 @@ def _pallas_prefill(q, k_pages, v_pages, page_table, start_pos, num_tokens, sink
     flat = q.reshape(rows * chunk, *q.shape[2:])
     out = ragged_paged_attention(flat, k_pages, v_pages, *place, **options, implementation="pallas")
     return out.reshape(q.shape)
-
-
-def _num_sms() -> int:
-    if jax.default_backend() != "gpu":
-        return NUM_SMS
-    return int(getattr(jax.devices()[0], "core_count", NUM_SMS))
 
 
 def _xla(q, k_pages, v_pages, page_table, start_pos, num_tokens, sinks, k_scale, v_scale, *, sliding_window, soft_cap):

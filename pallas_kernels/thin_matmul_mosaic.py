@@ -17,12 +17,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jmoe.pallas_kernels.choice import NUM_SMS
 from jmoe.pallas_kernels.thin_matmul import TERMS
 
 SMEM_BYTES = 225 * 1024  # of 227, the rest for barriers and alignment
 TURNED = plgpu.Layout.WGMMA_TRANSPOSED  # pairs along M: what is stored by rows
 SHARE = 64  # columns of one consumer
-NUM_SMS = 132
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,7 +113,7 @@ def interpreted(monkeypatch):
         pytest.skip(f"Mosaic GPU interpret mode with layout_cast needs jax 0.11 or newer, got {jax.__version__}")
     from jax._src.pallas.mosaic_gpu.interpret import params
 
-    monkeypatch.setattr(public, "_num_sms", lambda: 3)
+    monkeypatch.setattr(public, "num_sms", lambda: 3)
     interpret = functools.partial(public._pallas_decode, interpret=True, shortest=128)
     monkeypatch.setattr(public, "_pallas_decode", interpret)
     with params.force_gpu_interpret_mode():
