@@ -20,14 +20,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jmoe.pallas_kernels import choice, simt
 from jmoe.pallas_kernels import expert_products_share as sharing
 from jmoe.pallas_kernels.block_scaled import quantize_rows
-from jmoe.pallas_kernels.grouped_blocks import fits_experts
+from jmoe.pallas_kernels.grouped_blocks import UNIT, fits_experts
 from jmoe.pallas_kernels.grouped_items import Groups, Item
 from jmoe.pallas_kernels.grouped_load import Loader
 from jmoe.pallas_kernels.grouped_matmul import SCALED, ExpertBlocks
 from jmoe.pallas_kernels.grouped_matmul_mosaic import kernel
 from jmoe.pallas_kernels.grouped_multiply import TURNED, Multiplier
 from jmoe.pallas_kernels.grouped_multiply_rows import RowMultiplier
-from jmoe.pallas_kernels.grouped_product import HALF, Product, check_blocks, scratch
+from jmoe.pallas_kernels.grouped_product import HALF, Product, both_products, check_blocks, scratch
 
 
 def expert_products(
@@ -42,7 +42,8 @@ def expert_products(
       group_sizes, group_starts: `[E]` int32.
       rows_scales: `[rows, D / 128]` float32 or None.
       blocks: how the work is cut; with float8 block_out is a multiple of 128.
-      num_sms: thread blocks; all of them must be able to run at once. None for an SM each.
+      num_sms: thread blocks; all of them must be able to run at once: the first num_sms items are bound to them, and
+        who waits for one that can't begin fails after seconds. None for the SMs of the GPU at hand, 132 without one.
       interpret: run by the interpreter, which has no atomics: as two kernels.
 
     Returns:
@@ -79,19 +80,15 @@ def shape_of(rows: Any, gate: Any, blocks: ExpertBlocks, num_sms: int, interpret
     small = rows.dtype.itemsize == 1
     (num_experts, *_), (num_rows, hidden) = gate.shape, rows.shape
     width = gate.shape[1] if small else gate.shape[2]
-    if not fits_experts(blocks, num_rows, hidden, width) or (small and blocks.block_out % SCALED):
+    of_kind = blocks.block_out % SCALED == 0 if small else not blocks.rows_first
+    fits = of_kind and fits_experts(blocks, num_rows, hidden, width)
+    if not fits or num_rows % UNIT:
         raise ValueError(
-            f"expert_ffn: expected block_out and block_in that divide hidden and width, one of them twice, with float8 "
-            f"block_out a multiple of {SCALED}, got {blocks} for hidden {hidden} and width {width}"
+            f"expert_ffn: expected rows a multiple of {UNIT}, block_out and block_in that divide hidden and width, one "
+            f"of them twice, with float8 block_out a multiple of {SCALED}, rows_first with float8 only, got {num_rows} "
+            f"rows and {blocks} for hidden {hidden} and width {width}"
         )
-    common: Any = {"num_experts": num_experts, "parts": 2, "small": small, "out_dtype": jnp.dtype(jnp.bfloat16),
-              "blocks": blocks, "num_sms": num_sms, "interpret": interpret, "older_groups": False,
-              "row_parts": 2 if blocks.terms else 1, "to_float8": small}  # fmt: skip
-    down_split = "terms" if blocks.terms else "columns"
-    shape = Shape(
-        Product(num_rows, hidden, width, split="gated", **common),
-        Product(num_rows, width, hidden, split=down_split, **common),
-    )
+    shape = Shape(*both_products(num_rows, num_experts, hidden, width, blocks, small, num_sms, interpret))
     check_blocks(shape.gated)
     check_blocks(shape.down)
     return shape
@@ -160,9 +157,11 @@ def _body(shape: Shape):
             second = Loader(down, hidden_g, (down_g, down_g), *stages)
 
             def load(loader, item: Item):
-                """Meanwhile another warp asks which item is next."""
+                """Asks which item is next; the answer delays the first item's loads if it is waited for before them."""
+                early = jnp.where(item.count == 0, min(gated.stages, loader.shape.steps), 0)
+                loader.visit(item, 0, early)
                 simt.program(ask, counters_g, queue_s, words=(item.count, place(item.count + 1)))
-                loader.visit(item)
+                loader.visit(item, early)
 
             def load_down(item: Item):
                 wait_for(item)

@@ -45,7 +45,8 @@ def open_program(num_experts: int):
 def ask_program(num_sms: int):
     """Which item is next: `program(counters, queue, count, place)`, by one thread of the second warp.
 
-    The first warp, which loads, doesn't wait for the answer. The first num_sms items are the blocks' first ones.
+    The loads behind it wait for the answer (a barrier of the warpgroup stands before each), those before it don't. The
+    first num_sms items are the blocks' first ones.
     """
 
     def program(counters: Pointer, queue: Pointer, count: Word, place: Word) -> None:

@@ -43,17 +43,23 @@ def blocks_for(op: str, dtype: Any, shape: Mapping[str, int]) -> GroupedBlocks:
 def expert_blocks(dtype: Any, num_rows: int, num_experts: int, hidden: int, width: int) -> ExpertBlocks | None:
     """Of both products in one kernel: measured ones, else an estimate; None where none fits these sizes."""
     shape = {"rows": num_rows, "experts": num_experts, "hidden": hidden, "width": width}
-    found: Any = find_blocks("expert_products", dtype, shape)
-    if found is not None and fits_experts(ExpertBlocks(**found), num_rows, hidden, width):
-        return ExpertBlocks(**found)
     small = dtype.itemsize == 1
+    found: Any = find_blocks("expert_products", dtype, shape)
+    choices = [] if found is None else [ExpertBlocks(**found)]
     rows = choose_blocks(num_rows, num_experts, hidden, width, 2, small).block_rows
-    if rows > MANY[small]:
-        return None
-    for blocks in _expert_choices(rows, small):
-        if fits_experts(blocks, num_rows, hidden, width):
+    if rows <= MANY[small]:
+        choices += _expert_choices(rows, small)
+    for blocks in choices:
+        if fits_experts(blocks, num_rows, hidden, width) and _stages(blocks, shape, small) >= 2:
             return blocks
     return None
+
+
+def _stages(blocks: ExpertBlocks, shape: Mapping[str, int], small: bool) -> int:
+    """What shared memory holds of them."""
+    from jmoe.pallas_kernels.grouped_product import both_products  # Mosaic GPU, where it is needed only
+
+    return both_products(shape["rows"], shape["experts"], shape["hidden"], shape["width"], blocks, small)[0].stages
 
 
 def _expert_choices(rows: int, small: bool) -> list[ExpertBlocks]:

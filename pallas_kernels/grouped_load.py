@@ -30,8 +30,8 @@ class Loader:
     full: Any
     free: Any
 
-    def visit(self, item: Item, first_step: Any = 0) -> None:
-        """The item's stages from `first_step` on, each as soon as its place is free."""
+    def visit(self, item: Item, first_step: Any = 0, end: Any = None) -> None:
+        """The item's stages from `first_step` on, up to `end`, each as soon as its place is free."""
         stages = self.shape.stages
 
         def load(k, _):
@@ -44,7 +44,7 @@ class Loader:
             self.weights(item, k, slot)
             self.rows(item, k, slot)
 
-        lax.fori_loop(first_step, self.shape.steps, load, None)
+        lax.fori_loop(first_step, self.shape.steps if end is None else end, load, None)
 
     def weights(self, item: Item, k: Any, slot: Any) -> None:
         shape, b = self.shape, self.shape.blocks

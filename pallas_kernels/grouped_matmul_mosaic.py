@@ -48,6 +48,8 @@ def grouped(
     num_experts, num_in, num_out = values[0].shape[0], rows.shape[1], values[0].shape[1 if small else 2]
     if blocks is None:
         blocks = choose_blocks(rows.shape[0], num_experts, num_in, num_out, len(weights), small)
+    if getattr(blocks, "rows_first", False):
+        raise ValueError(f"grouped_matmul: expected blocks without rows_first, which is of both products, got {blocks}")
     num_rows = -(-rows.shape[0] // UNIT) * UNIT
     shape = Product(
         num_rows,

@@ -33,7 +33,7 @@ class Multiplier:
       shape: the `Product`.
       own: number of this consumer.
       weights_s, rows_s, full, free: the stages of the pipeline.
-      out_s: `[consumers, block_rows, HALF]`.
+      out_s: `[consumers, block_rows, HALF]`, or tiles of all columns where results are rounded to float8.
       row_weights_g, out_g: in global memory; scales: (rows' scales, of each part the weights' scales).
     """
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jmoe.pallas_kernels.grouped_matmul import SCALED, GroupedBlocks
+from jmoe.pallas_kernels.grouped_matmul import SCALED, ExpertBlocks, GroupedBlocks
 
 HALF = 64  # columns of one wgmma, and of one tile of the result
 SMEM_BYTES = 225 * 1024  # of 227, the rest for barriers and alignment
@@ -110,6 +110,18 @@ class Product:
     def stages(self) -> int:
         fits = (SMEM_BYTES - self.other_bytes) // self.stage_bytes
         return min(self.blocks.num_stages or fits, fits)
+
+
+def both_products(
+    num_rows: int, num_experts: int, hidden: int, width: int, blocks: ExpertBlocks, small: bool, num_sms: int = 0,
+    interpret: bool = False,
+) -> tuple[Product, Product]:  # fmt: skip
+    """The gated and the down product of one kernel, of equal stages."""
+    common: Any = {"num_experts": num_experts, "parts": 2, "small": small, "out_dtype": jnp.dtype(jnp.bfloat16),
+                   "blocks": blocks, "num_sms": num_sms, "interpret": interpret, "older_groups": False,
+                   "row_parts": 2 if blocks.terms else 1, "to_float8": small}  # fmt: skip
+    gated = Product(num_rows, hidden, width, split="gated", **common)
+    return gated, Product(num_rows, width, hidden, split="terms" if blocks.terms else "columns", **common)
 
 
 def check_blocks(shape: Product) -> None:

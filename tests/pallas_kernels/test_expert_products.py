@@ -32,7 +32,7 @@ def arrays(sizes, hidden, width, *, small=False, seed=0):
     for start, size in zip(starts, sizes, strict=True):
         rows[start : start + size] = rng.normal(size=(size, hidden))
     shapes = ((len(sizes), hidden, width),) * 2 + ((len(sizes), width, hidden),)
-    weights = [jnp.asarray(rng.normal(size=s) * s[1] ** -0.5, jnp.bfloat16) for s in shapes]
+    weights = [jnp.asarray(rng.normal(size=s) * s[1] ** -0.5 * uneven(rng, s), jnp.bfloat16) for s in shapes]
     groups = jnp.asarray(sizes), jnp.asarray(starts)
     if not small:
         return jnp.asarray(rows, jnp.bfloat16), *weights, *groups, None
@@ -41,8 +41,15 @@ def arrays(sizes, hidden, width, *, small=False, seed=0):
     return values, *weights, *groups, scales
 
 
+def uneven(rng, shape):
+    """Factors of 1/4 to 4 a block of 128 x 128, so that the scale of the block beside gives something else."""
+    blocks = (shape[0], *(-(-n // 128) for n in shape[1:]))
+    factors = np.exp2(rng.integers(-2, 3, blocks))
+    return factors.repeat(128, axis=1).repeat(128, axis=2)[:, : shape[1], : shape[2]]
+
+
 def truth(rows, gate, up, down, sizes, starts, scales):
-    """float64 of the same numbers, what stands between the products too, but for float8's second rounding."""
+    """float64 of the same numbers; with float8 what stands between the products is rounded as the kernel does."""
     x = np.asarray(rows, np.float64)
     if scales is not None:
         x *= np.repeat(np.asarray(scales, np.float64), 128, axis=1)
@@ -52,7 +59,11 @@ def truth(rows, gate, up, down, sizes, starts, scales):
     for e, (size, start) in enumerate(zip(np.asarray(sizes), np.asarray(starts), strict=True)):
         own = slice(start, start + size)
         g = x[own] @ gate[e]
-        out[own], heard[own] = (g / (1 + np.exp(-g)) * (x[own] @ up[e])) @ down[e], True
+        hidden = g / (1 + np.exp(-g)) * (x[own] @ up[e])
+        if scales is not None and size:
+            values, by_block = jax.jit(quantize_rows)(jnp.asarray(hidden, jnp.bfloat16))
+            hidden = np.asarray(values, np.float64) * np.repeat(np.asarray(by_block, np.float64), 128, axis=1)
+        out[own], heard[own] = hidden @ down[e], True
     return out, heard
 
 
@@ -72,7 +83,7 @@ def test_interpreted(small, blocks):
     made = arrays([3, 0, 140 if blocks.rows_first else 17], 256, 256 if small else 128, small=small)
     with params.force_gpu_interpret_mode():
         got = expert_products(*made, blocks=blocks, num_sms=3, interpret=True)
-    assert error(got, *truth(*made)) < (5e-2 if small else 5e-3)
+    assert error(got, *truth(*made)) < (1e-2 if small else 5e-3)
 
 
 @pytest.mark.aot
@@ -108,13 +119,20 @@ def test_blocks_that_do_not_fit_are_refused(blocks, small, said):
     "sizes", [[3, 0, 17, 1, 8, 0, 40, 5], [0] * 7 + [300], [90] + [0] * 7, [0] * 8, [9] * 64], ids=str
 )
 def test_on_the_device(small, blocks, sizes):
-    """Against float64; the same bits from run to run, over memory that held marks and counters of others."""
+    """Against float64; the same bits from run to run, with other rows before and memory full of NaN."""
     from jmoe.pallas_kernels.expert_products_mosaic import expert_products
 
-    made = arrays(sizes, 1024, 768, small=small)
+    cases = [arrays(sizes, 1024, 768, small=small, seed=seed) for seed in (0, 1)]
     run = jax.jit(lambda *a: expert_products(*a, blocks=blocks))
-    outs = [np.asarray(run(*made), np.float32) for _ in range(20)]
-    want, heard = truth(*made)
-    assert error(outs[0], want, heard) < (6e-2 if small else 5e-3)
-    for out in outs[1:]:
-        np.testing.assert_array_equal(out[heard], outs[0][heard])
+    wanted = [truth(*made) for made in cases]
+    first = [None, None]
+    for number in range(20):
+        which = number % 2
+        out = np.asarray(run(*cases[which]), np.float32)
+        want, heard = wanted[which]
+        assert error(out, want, heard) < (2e-2 if small else 5e-3)  # the scale of another block: 0.05 and more
+        first[which] = out if first[which] is None else first[which]
+        np.testing.assert_array_equal(out[heard], first[which][heard])
+        garbage = [jnp.full(n << 10, jnp.nan) for n in (1, 16, 256, 4096)]  # what the next call's memory held
+        jax.block_until_ready(garbage)
+        del garbage
