@@ -124,30 +124,22 @@ class RowMultiplier:
 
             return pl.run_scoped(run, accumulator(size, jnp.float32))
 
-        def step(k, state):
-            slot = lax.rem(item.step + k, stages)
-            totals, ahead = list(state[0]), state[1]
-
-            @pl.when(k > 0)
-            def _():
-                plgpu.barrier_wait(self.full.at[slot])
-
+        def step(k, totals):
+            slot, totals = lax.rem(item.step + k, stages), list(totals)
+            plgpu.barrier_wait(self.full.at[slot])  # rows' scales may be as new as the rows
             for n in range(in_stage):
-                by_row, number = ahead, k * in_stage + n
-                # The rows' factors are asked for 128 terms before they are needed; the blocks', too, would leave too
-                # few registers: in some shapes 60 of them went to memory and back in every step, and it took half more.
-                by_block = by_blocks(number)
-                ahead = self._by_row(by_row_g, item.first, jnp.minimum(number + 1, shape.steps * in_stage - 1))
+                # There when the first product is. Asked for 128 terms before they would leave too few registers: in some
+                # shapes 60 of them went to memory and back in every step, and it took half more.
+                by_row, by_block = self._by_row(by_row_g, item.first, k * in_stage + n), by_blocks(k * in_stage + n)
                 for part in range(shape.parts):
                     found: Any = product(slot, n, part)
                     if n == in_stage - 1 and part == shape.parts - 1:
                         plgpu.barrier_arrive(self.free.at[slot])
                     totals[part] += found * lax.broadcast_in_dim(by_row * by_block[part], size, (0,))
-            return tuple(totals), ahead
+            return tuple(totals)
 
         none = plgpu.layout_cast(jnp.zeros(size, jnp.float32), LAYOUT)
-        plgpu.barrier_wait(self.full.at[lax.rem(item.step, stages)])  # rows' scales may be as new as the rows
-        return lax.fori_loop(0, shape.steps, step, ((none,) * shape.parts, self._by_row(by_row_g, item.first, 0)))[0]
+        return lax.fori_loop(0, shape.steps, step, (none,) * shape.parts)
 
     def open(self) -> None:
         """Before the first item: the first consumer's turn comes from the second."""
