@@ -128,8 +128,8 @@ class RowMultiplier:
             slot, totals = lax.rem(item.step + k, stages), list(totals)
             plgpu.barrier_wait(self.full.at[slot])  # rows' scales may be as new as the rows
             for n in range(in_stage):
-                # There when the first product is. Asked for 128 terms before they would leave too few registers: in some
-                # shapes 60 of them went to memory and back in every step, and it took half more.
+                # There when the first product is. Asked for a step before, they leave too few registers: in some shapes
+                # 60 of them went to memory and back in every step, and it took a third more.
                 by_row, by_block = self._by_row(by_row_g, item.first, k * in_stage + n), by_blocks(k * in_stage + n)
                 for part in range(shape.parts):
                     found: Any = product(slot, n, part)
