@@ -1,4 +1,4 @@
-"""What `implementation=None` means: the Mosaic GPU form on Hopper, the XLA form elsewhere."""
+"""What `implementation=None` means: the Mosaic GPU form on Hopper, the XLA form elsewhere; and which GPU is at hand."""
 
 import functools
 import logging

@@ -168,7 +168,7 @@ def _body(shape: Shape):
                 load(second, item)
 
             def advance(_, count):
-                simt.program(lambda _: simt.barrier(), queue_s)
+                simt.program(simt.barrier)
                 plgpu.barrier_arrive(queued.at[place(count + 1)])
                 return queue_s[place(count + 1)]
 
@@ -218,10 +218,10 @@ def _multipliers(shape: Shape, given: dict[str, Any], scales, hidden, out_g, met
     second = {**given, "shape": shape.down, "scales": (hidden_scales_g, (scales[3], scales[3])), "out_g": out_g}
     if shape.gated.rows_first:
         return RowMultiplier(**first, out_scales_g=hidden_scales_g), RowMultiplier(**second)
-    down = Multiplier(**second, row_weights_g=None)
+    down = Multiplier(**second)
     if shape.gated.small:
-        return ScaledMultiplier(**first, row_weights_g=None, hidden_scales_g=hidden_scales_g, met=met), down
-    return Multiplier(**first, row_weights_g=None), down
+        return ScaledMultiplier(**first, hidden_scales_g=hidden_scales_g, met=met), down
+    return Multiplier(**first), down
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,22 +10,17 @@ import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels import simt, simt_marks
-from jmoe.pallas_kernels import simt_floats as floats
-from jmoe.pallas_kernels.block_scaled import BLOCK, LARGEST, SMALLEST_AMAX
+from jmoe.pallas_kernels.block_scaled import BLOCK
+from jmoe.pallas_kernels.grouped_matmul_threads import ATOM, swizzled
+from jmoe.pallas_kernels.permute_rows_mosaic import rounded_to_float8
 from jmoe.pallas_kernels.simt import Pointer, Word
 
 # Behind the marks: consumers that ended; items that were asked for; of each expert the items that are done.
 DONE, ASKED, ARRIVED = 2, 3, 4
-ATOM = 8  # rows, and vectors of 16 bytes, of one tile of 1 KB: how far the swizzle of 128 bytes goes
 
 
 def num_counters(num_experts: int) -> int:
     return ARRIVED + num_experts
-
-
-def _thread() -> Word:
-    """This thread's number in its warpgroup."""
-    return simt.thread() % simt.BLOCK_THREADS
 
 
 def open_program(num_experts: int):
@@ -33,10 +28,10 @@ def open_program(num_experts: int):
 
     def program(counters: Pointer) -> None:
         for i in range(DONE, num_counters(num_experts), simt.BLOCK_THREADS):
-            with simt.when(_thread() + i < num_counters(num_experts)):
-                counters.store(_thread() + i, 0)
+            with simt.when(simt.thread_of_warpgroup() + i < num_counters(num_experts)):
+                counters.store(simt.thread_of_warpgroup() + i, 0)
         simt.barrier()
-        with simt.when(_thread().equals(0)):
+        with simt.when(simt.thread_of_warpgroup().equals(0)):
             simt_marks.mark(counters)
 
     return program
@@ -50,7 +45,7 @@ def ask_program(num_sms: int):
     """
 
     def program(counters: Pointer, queue: Pointer, count: Word, place: Word) -> None:
-        with simt.when(_thread().equals(simt.WARP)):
+        with simt.when(simt.thread_of_warpgroup().equals(simt.WARP)):
             with simt.when(count.equals(0)):
                 simt_marks.wait(counters)
             queue.store(place, simt_marks.take(counters, ASKED) + num_sms)
@@ -62,7 +57,7 @@ def arrive_program(counters: Pointer, expert: Word) -> None:
     """All that this warpgroup stored for an item of the expert is there, for TMA too."""
     simt_marks.publish()
     simt.barrier()
-    simt_marks.add_if(_thread().equals(0), counters, expert + ARRIVED, 1)
+    simt_marks.add_if(simt.thread_of_warpgroup().equals(0), counters, expert + ARRIVED, 1)
 
 
 def wait_program(counters: Pointer, expert: Word, items: Word, count: Word) -> None:
@@ -70,7 +65,7 @@ def wait_program(counters: Pointer, expert: Word, items: Word, count: Word) -> N
 
     Behind the block's first item (count 0) the counters are known to be cleared.
     """
-    with simt.when(_thread().equals(0)):
+    with simt.when(simt.thread_of_warpgroup().equals(0)):
         with simt.when(count.equals(0)):
             simt_marks.wait(counters)
         simt_marks.wait_for(counters, expert + ARRIVED, items)
@@ -80,7 +75,7 @@ def wait_program(counters: Pointer, expert: Word, items: Word, count: Word) -> N
 
 def meet_program(counters: Pointer) -> None:
     """Until the counters are cleared."""
-    with simt.when(_thread().equals(0)):
+    with simt.when(simt.thread_of_warpgroup().equals(0)):
         simt_marks.wait(counters)
     simt.barrier()
 
@@ -90,7 +85,7 @@ def leave_program(consumers: int):
 
     def program(counters: Pointer) -> None:
         simt.barrier()
-        with simt.when(_thread().equals(0)):
+        with simt.when(simt.thread_of_warpgroup().equals(0)):
             before = simt_marks.add(counters, DONE, 1)
             with simt.when(before.equals(consumers - 1)):
                 simt_marks.wipe(counters)
@@ -131,19 +126,14 @@ def _store_float8(
     """`store_float8`, thread by thread; a row of 128 columns is 16 vectors of 8. of_half and of_rows: tiles of 1 KB
     until the other 64 columns, and until the next 8 rows."""
     lanes, at_once = BLOCK // 8, simt.BLOCK_THREADS * 8 // BLOCK
-    lane = _thread() % lanes
-    half, inside = lane // ATOM, lane % ATOM
+    lane = simt.thread_of_warpgroup() % lanes
 
     def store(i):
         last = meant - 1
-        n = i + _thread() // lanes
+        n = i + simt.thread_of_warpgroup() // lanes
         n = skipped + (n < last).select(n, last)  # a warp stays together: the last row may be stored twice
-        place = (half * of_half + n // ATOM * of_rows) * (ATOM * ATOM) + n % ATOM * ATOM + inside.differ(n % ATOM)
-        each = floats.Floats.of(tiles.load_vector(place, 8, simt.element_type("bfloat16"))).each()
-        amax = floats.warp_reduce(floats.largest_magnitude(each), lambda a, b: a.maximum(b), lanes)
-        scale = amax.maximum(SMALLEST_AMAX).times(1 / LARGEST)
-        inverse = scale.reciprocal()
-        packed = floats.float8_vector([v * inverse for v in each])
+        place = swizzled(lane // ATOM * of_half + n // ATOM * of_rows, n, lane)
+        packed, scale = rounded_to_float8(tiles.load_vector(place, 8, simt.element_type("bfloat16")), lanes)
         target.skip(first + n, width).store_vector(column // 8 + lane, packed, 8)
         with simt.when(lane.equals(0)):
             scale.store(scales.skip(first + n, width // BLOCK * 4), column // BLOCK)

@@ -16,6 +16,7 @@ from jmoe.pallas_kernels.choice import NUM_SMS
 from jmoe.pallas_kernels.grouped_blocks import UNIT, choose_blocks
 from jmoe.pallas_kernels.grouped_items import Groups, Item
 from jmoe.pallas_kernels.grouped_load import Loader
+from jmoe.pallas_kernels.grouped_matmul import ExpertBlocks
 from jmoe.pallas_kernels.grouped_multiply import Multiplier
 from jmoe.pallas_kernels.grouped_multiply_rows import RowMultiplier
 from jmoe.pallas_kernels.grouped_product import Product, check_blocks, scratch
@@ -48,7 +49,7 @@ def grouped(
     num_experts, num_in, num_out = values[0].shape[0], rows.shape[1], values[0].shape[1 if small else 2]
     if blocks is None:
         blocks = choose_blocks(rows.shape[0], num_experts, num_in, num_out, len(weights), small)
-    if getattr(blocks, "rows_first", False):
+    if isinstance(blocks, ExpertBlocks) and blocks.rows_first:
         raise ValueError(f"grouped_matmul: expected blocks without rows_first, which is of both products, got {blocks}")
     num_rows = -(-rows.shape[0] // UNIT) * UNIT
     shape = Product(

@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import llvm, vector
 
 from jmoe.pallas_kernels import simt
 
@@ -87,18 +87,21 @@ def find_expert(num_experts: int, tiles: int, words: Any, item: jax.Array) -> An
     return inlined(words, item)
 
 
-def load_by_row(source: Any, num_rows: int, first: jax.Array, column: jax.Array) -> Any:
-    """source[first : first + num_rows, column] as a factor of a product's columns: `[num_rows]` in WGMMA.reduce(0).
+def load_by_row(source: Any, num_rows: int, first: jax.Array, column: jax.Array, reduced: int) -> Any:
+    """source[first : first + num_rows, column] as a factor of each row: `[num_rows]` in WGMMA.reduce(reduced).
 
     A word at a time: Mosaic's own load takes two, and `first` may be odd and the words apart.
 
     Args:
       source: `[rows]` or `[rows, columns]` float32 in global memory.
-      num_rows: a multiple of 8.
+      num_rows: a multiple of 8; 64 where `reduced` is 1.
       first, column: int32.
+      reduced: 0 where rows are a product's columns (a thread holds two of each eight), 1 where they are its rows (a
+        thread holds two, eight apart).
     """
     splat = plgpu.Layout.WG_SPLAT(())
-    layout = plgpu.Layout.WGMMA.reduce(0)
+    layout = plgpu.Layout.WGMMA.reduce(reduced)
+    length, count = (1, 2) if reduced else (2, num_rows // ATOM)  # of a register, and registers
     result = plgpu.ShapeDtypeStruct((num_rows,), jnp.float32, layout=layout)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), splat, splat), return_type=result)
@@ -107,14 +110,16 @@ def load_by_row(source: Any, num_rows: int, first: jax.Array, column: jax.Array)
         pointer = simt.Pointer.of(source_g)
         stride = 1 if len(source_g.type.shape) == 1 else source_g.type.shape[1]
         f32 = ir.F32Type.get()
-        pair = ir.VectorType.get((2,), f32)
+        kind = ir.VectorType.get((length,), f32)
         to = layout.to_mgpu()
         registers = np.empty(to.registers_shape((num_rows,)), dtype=object)
-        base = pointer.skip(first + (simt.thread() % 4) * 2, stride * 4).at(column, f32)
-        for i in range(num_rows // 8):
-            at = [simt.mosaic.getelementptr(base, [(8 * i + j) * stride], f32) for j in range(2)]
+        thread = simt.thread_of_warpgroup()
+        row = thread // simt.WARP * 16 + thread % simt.WARP // 4 if reduced else thread % 4 * 2
+        base = pointer.skip(first + row, stride * 4).at(column, f32)
+        for i in range(count):
+            at = [simt.mosaic.getelementptr(base, [(ATOM * i + j) * stride], f32) for j in range(length)]
             found = [llvm.load(f32, address, alignment=4) for address in at]
-            registers.flat[i] = vector.from_elements(pair, found)
+            registers.flat[i] = vector.from_elements(kind, found)
         return fragmented_array.FragmentedArray(_registers=registers, _layout=to, _is_signed=None)
 
     return inlined(source, first, column)
@@ -141,24 +146,23 @@ def store_rows(tile: Any, target: Any, transforms: Any, num_columns: int, *scala
         row_bytes = target_g.type.shape[1] * item
         vectors = num_columns * item // VECTOR
         source, out = simt.Pointer.of(tile_s), simt.Pointer.of(target_g)
-        lane = _thread() % vectors
+        lane = simt.thread_of_warpgroup() % vectors
         i32 = simt.i32()
 
         def store(i):
             n = skipped + i
             atom = (n // ATOM) * (vectors // ATOM) + lane // ATOM
-            turned = simt.Word(arith.xori((lane % ATOM).value, (n % ATOM).value))
-            found = source.load_vector(atom * (ATOM * ATOM) + (n % ATOM) * ATOM + turned, 4, i32)
+            found = source.load_vector(swizzled(atom, n, lane), 4, i32)
             where = out.skip(first + n, row_bytes)
             where.store_vector((column * item) // VECTOR + lane, found)
             return []
 
-        simt.loop(_thread() // vectors, meant, simt.BLOCK_THREADS // vectors, [], store)
+        simt.loop(simt.thread_of_warpgroup() // vectors, meant, simt.BLOCK_THREADS // vectors, [], store)
         simt.barrier()
 
     inlined(tile, target, *scalars)
 
 
-def _thread() -> simt.Word:
-    """This thread's number in its warpgroup."""
-    return simt.thread() % simt.BLOCK_THREADS
+def swizzled(atom: simt.Word, row: simt.Word, lane: simt.Word) -> simt.Word:
+    """Number of the vector that stands at row % 8 and lane % 8 of the tile of 1 KB with this number."""
+    return atom * (ATOM * ATOM) + (row % ATOM) * ATOM + (lane % ATOM).differ(row % ATOM)

@@ -21,20 +21,20 @@ from jmoe.pallas_kernels.grouped_product import HALF
 
 LAYOUT = plgpu.Layout.WGMMA
 TURNED = plgpu.Layout.WGMMA_TRANSPOSED  # pairs along M: what is stored by rows
-BY_ROW = LAYOUT.reduce(0)
 accumulator: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclasses.dataclass(frozen=True)
-class Multiplier:
+class Consumer:
     """One consumer's view of the kernel.
 
     Attributes:
       shape: the `Product`.
       own: number of this consumer.
       weights_s, rows_s, full, free: the stages of the pipeline.
-      out_s: `[consumers, block_rows, HALF]`, or tiles of all columns where results are rounded to float8.
-      row_weights_g, out_g: in global memory; scales: (rows' scales, of each part the weights' scales).
+      out_s: tiles of results, `Product.out_tiles`.
+      scales: (rows' scales, of each part the weights' scales), in global memory.
+      out_g: in global memory.
     """
 
     shape: Any
@@ -44,9 +44,24 @@ class Multiplier:
     out_s: Any
     full: Any
     free: Any
-    row_weights_g: Any
     scales: tuple[Any, tuple[Any, ...]]
     out_g: Any
+
+    def factors(self, source: Any, num_rows: int, first: Any, column: Any, reduced: int) -> Any:
+        """source[first : first + num_rows, column], a factor of each row; see `load_by_row`."""
+        if not self.shape.interpret:
+            return load_by_row(source, num_rows, first, jnp.int32(column), reduced)
+        cells = source.at[pl.ds(first, num_rows)]
+        cells = cells if len(source.shape) == 1 else cells.at[:, column]
+        layout: Any = LAYOUT.reduce(reduced)
+        return plgpu.load(cells, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue]
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiplier(Consumer):
+    """A consumer that takes its share of the columns; row_weights_g: in global memory, or None."""
+
+    row_weights_g: Any = None
 
     @property
     def halves(self) -> int:
@@ -113,13 +128,7 @@ class Multiplier:
         return found
 
     def _factors(self, source: Any, first: Any, column: Any = 0) -> Any:
-        """source[first : first + block_rows, column], a factor of each row."""
-        rows = self.shape.blocks.block_rows
-        if not self.shape.interpret:
-            return load_by_row(source, rows, first, jnp.int32(column))
-        cells = source.at[pl.ds(first, rows)]
-        cells = cells if len(source.shape) == 1 else cells.at[:, column]
-        return plgpu.load(cells, layout=BY_ROW, optimized=False)  # pyright: ignore[reportCallIssue]
+        return self.factors(source, self.shape.blocks.block_rows, first, column, reduced=0)
 
     def _scaled_products(self, item: Item) -> tuple[Any, ...]:
         """The same; every 128 terms are summed by themselves and scaled: wgmma's float8 sums keep few bits."""

@@ -8,28 +8,22 @@ and up fit beside the product that is being scaled. Shared memory is read less: 
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
 
 from jmoe.pallas_kernels import expert_products_share as sharing
 from jmoe.pallas_kernels import simt, simt_marks
 from jmoe.pallas_kernels.grouped_items import Item
 from jmoe.pallas_kernels.grouped_matmul import SCALED
 from jmoe.pallas_kernels.grouped_matmul_threads import store_rows
-from jmoe.pallas_kernels.grouped_multiply import LAYOUT, accumulator, swiglu
+from jmoe.pallas_kernels.grouped_multiply import LAYOUT, Consumer, accumulator, swiglu
+from jmoe.pallas_kernels.grouped_product import ROWS
 
-ROWS = 64  # of one consumer
 # A turn is a barrier of both consumers, one of which waits; Mosaic's own barriers have the numbers up to 4.
 _TAKE, _GIVE = "bar.sync", "bar.arrive"
 _FIRST_BARRIER = 8
-BY_ROW = LAYOUT.reduce(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,27 +34,13 @@ class Mine(Item):
 
 
 @dataclasses.dataclass(frozen=True)
-class RowMultiplier:
-    """One consumer's view of the kernel: 64 rows of the item's block, all its columns.
+class RowMultiplier(Consumer):
+    """A consumer that takes 64 rows of the item's block, with all its columns; of float8.
 
     Attributes:
-      shape: the `Product`, of float8.
-      own: number of this consumer.
-      weights_s, rows_s, full, free: the stages of the pipeline.
-      out_s: `[consumers, ROWS, SCALED]`.
-      scales: (rows' scales, of each part the weights' scales), in global memory.
-      out_g: in global memory; out_scales_g: where results are rounded to float8, their scales, else None.
+      out_scales_g: where results are rounded to float8, their scales in global memory, else None.
     """
 
-    shape: Any
-    own: Any
-    weights_s: Any
-    rows_s: Any
-    out_s: Any
-    full: Any
-    free: Any
-    scales: tuple[Any, tuple[Any, ...]]
-    out_g: Any
     out_scales_g: Any = None
 
     def visit(self, item: Item) -> None:
@@ -130,7 +110,8 @@ class RowMultiplier:
             for n in range(in_stage):
                 # There when the first product is. Asked for a step before, they leave too few registers: in some shapes
                 # 60 of them went to memory and back in every step, and it took a third more.
-                by_row, by_block = self._by_row(by_row_g, item.first, k * in_stage + n), by_blocks(k * in_stage + n)
+                number = k * in_stage + n
+                by_row, by_block = self.factors(by_row_g, ROWS, item.first, number, reduced=1), by_blocks(number)
                 for part in range(shape.parts):
                     found: Any = product(slot, n, part)
                     if n == in_stage - 1 and part == shape.parts - 1:
@@ -157,13 +138,6 @@ class RowMultiplier:
         """
         if self.turns:
             simt.program(_turn_program(what), words=(self.own, item.both))
-
-    def _by_row(self, source: Any, first: Any, column: Any) -> Any:
-        """source[first : first + ROWS, column], a factor of each row."""
-        if not self.shape.interpret:
-            return load_by_row(source, first, jnp.int32(column))
-        cells = source.at[pl.ds(first, ROWS)].at[:, column]
-        return plgpu.load(cells, layout=BY_ROW, optimized=False)  # pyright: ignore[reportCallIssue]
 
     def _store(self, tile: Any, item: Item, column: Any) -> None:
         """The tile to the rows that are meant, and columns from `column` on."""
@@ -192,30 +166,3 @@ def _turn_program(what: str):
         simt_marks.run(text, [(of + _FIRST_BARRIER).value, whether.value], "r,r")
 
     return program
-
-
-def load_by_row(source: Any, first: jax.Array, column: jax.Array) -> Any:
-    """source[first : first + ROWS, column] of float32 in global memory: `[ROWS]` in WGMMA.reduce(1), two a thread."""
-    splat = plgpu.Layout.WG_SPLAT(())
-    result = plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, layout=BY_ROW)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), splat, splat), return_type=result)
-    def inlined(_ctx, source_g, *values):
-        first, column = (simt.Word(value.registers.flat[0]) for value in values)
-        width, f32 = source_g.type.shape[1], ir.F32Type.get()
-        thread = simt.thread() % simt.BLOCK_THREADS
-        row = first + thread // simt.WARP * 16 + thread % simt.WARP // 4
-        base = simt.Pointer.of(source_g).skip(row, width * 4).at(column, f32)
-        to = BY_ROW.to_mgpu()
-        registers = np.empty(to.registers_shape((ROWS,)), dtype=object)
-        for i in range(2):
-            address = simt.mosaic.getelementptr(base, [8 * i * width], f32)
-            registers.flat[i] = _vector(llvm.load(f32, address, alignment=4))
-        return fragmented_array.FragmentedArray(_registers=registers, _layout=to, _is_signed=None)
-
-    return inlined(source, first, column)
-
-
-def _vector(value: Any) -> Any:
-    """A register of one float."""
-    return vector.from_elements(ir.VectorType.get((1,), value.type), [value])

@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jmoe.pallas_kernels.grouped_matmul import SCALED, ExpertBlocks, GroupedBlocks
 
 HALF = 64  # columns of one wgmma, and of one tile of the result
+ROWS = 64  # of one consumer, where rows stand first
 SMEM_BYTES = 225 * 1024  # of 227, the rest for barriers and alignment
 
 
@@ -39,7 +40,7 @@ class Product:
     @property
     def rows_first(self) -> bool:
         """Whether consumers share the rows, not the columns: `grouped_multiply_rows`."""
-        return getattr(self.blocks, "rows_first", False)
+        return isinstance(self.blocks, ExpertBlocks) and self.blocks.rows_first
 
     @property
     def share(self) -> int:
@@ -89,7 +90,7 @@ class Product:
     def out_tiles(self) -> tuple[int, ...]:
         """Of results in shared memory: one a consumer, or all, where float8 needs 128 columns for a scale."""
         if self.rows_first:
-            return self.blocks.consumers, 64, SCALED
+            return self.blocks.consumers, ROWS, SCALED
         tiles = self.blocks.block_out // HALF if self.to_float8 else self.blocks.consumers
         return tiles, self.blocks.block_rows, HALF
 

@@ -96,7 +96,7 @@ def body_of(shape: Decode):
             def sinks_of(first):
                 if shape.interpret:
                     return plgpu.load(sinks_g.at[pl.ds(first, n)], (), layout=BY_HEAD, optimized=False)
-                return load_by_row(sinks_g, n, first, jnp.int32(0))
+                return load_by_row(sinks_g, n, first, jnp.int32(0), reduced=0)
 
             def write(row, acc, m, total):
                 """total [n], already summed."""

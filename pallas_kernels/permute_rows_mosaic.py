@@ -79,13 +79,17 @@ def rounded(row: Row, parts: list[Part]) -> list[Part]:
         return parts
     found = []
     for part in parts:
-        values = floats.Floats.of(part.value).each()
-        amax = floats.warp_reduce(floats.largest_magnitude(values), lambda a, b: a.maximum(b), BLOCK // row.lanes)
-        scale = amax.maximum(SMALLEST_AMAX).times(1 / LARGEST)
-        inverse = scale.reciprocal()  # a division of each would take 200 clocks wherever a row holds zeros
-        value = floats.float8_vector([v * inverse for v in values])
-        found.append(Part(part.index, part.inside, value, scale))
+        found.append(Part(part.index, part.inside, *rounded_to_float8(part.value, BLOCK // row.lanes)))
     return found
+
+
+def rounded_to_float8(value: Any, lanes: int) -> tuple[Any, floats.Float]:
+    """A vector of floats in float8 and the scale of the block of columns that `lanes` neighbouring lanes hold."""
+    values = floats.Floats.of(value).each()
+    amax = floats.warp_reduce(floats.largest_magnitude(values), lambda a, b: a.maximum(b), lanes)
+    scale = amax.maximum(SMALLEST_AMAX).times(1 / LARGEST)
+    inverse = scale.reciprocal()  # a division of each would take 200 clocks wherever a row holds zeros
+    return floats.float8_vector([v * inverse for v in values]), scale
 
 
 def store(row: Row, parts: list[Part], out: Pointer, scales: Pointer | None, place: Word) -> None:

@@ -7,11 +7,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jmoe.pallas_kernels.choice import by_platform
+from jmoe.pallas_kernels.choice import by_platform, num_sms
 from jmoe.pallas_kernels.paged_attention import MASKED
 
 Implementation = Literal["xla", "pallas", "reference"]
-NUM_BLOCKS = 132  # SMs of an H100; the grid of a GPU that isn't there
 XLA_BLOCK = 64  # queries of one step of the XLA form
 
 
@@ -122,7 +121,7 @@ def _pallas(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         tiles=tiles,
-        num_blocks=_num_blocks(),
+        num_blocks=num_sms(),
         sliding_window=sliding_window,
     )
     scales = jnp.stack([scale * (1 if soft_cap is not None else math.log2(math.e)), v_scale]).astype(jnp.float32)
@@ -131,13 +130,6 @@ def _pallas(
         q, k_pages, v_pages, table, plan, gaps, scales, sinks, tiles, sliding_window=sliding_window, soft_cap=soft_cap
     )
     return out[:tokens]
-
-
-def _num_blocks() -> int:
-    """One thread block an SM."""
-    if jax.default_backend() != "gpu":
-        return NUM_BLOCKS
-    return int(getattr(jax.devices()[0], "core_count", NUM_BLOCKS))
 
 
 def _gaps(offsets: jax.Array, num_tokens: jax.Array, tokens: int) -> jax.Array:

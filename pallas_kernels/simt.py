@@ -160,6 +160,11 @@ def thread() -> Word:
     return Word(mosaic.thread_idx())
 
 
+def thread_of_warpgroup() -> Word:
+    """This thread's number in its warpgroup."""
+    return thread() % BLOCK_THREADS
+
+
 def block() -> Word:
     """This block's number in a grid of one axis."""
     return Word(mosaic.block_idx())

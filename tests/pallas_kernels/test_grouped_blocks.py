@@ -46,7 +46,7 @@ def test_what_is_chosen_runs(model, tokens):
 @pytest.mark.parametrize("model", MODELS, ids=str)
 @pytest.mark.parametrize("tokens", [8, 16, 100, 512, 2304, 4096, 65536])
 def test_what_is_chosen_for_both_products_runs(model, tokens, kind, monkeypatch):
-    """By the table of a kind or by the estimate: equal stages of both products, three at least."""
+    """By the table of a kind or by the estimate: equal stages of both products, three, or two large ones, at least."""
     num_experts, k, hidden, width = model
     monkeypatch.setattr(grouped_blocks, "find_blocks", functools.partial(find_blocks, kind=kind))
     for dtype in (jnp.bfloat16, jnp.float8_e4m3fn):

@@ -177,7 +177,7 @@ def interpreted(monkeypatch):
 
     from jmoe.pallas_kernels import paged_prefill_mosaic
 
-    monkeypatch.setattr(module, "_num_blocks", lambda: 2)
+    monkeypatch.setattr(module, "num_sms", lambda: 2)
     plain = functools.partial(paged_prefill_mosaic.paged_prefill, interpret=True)
     monkeypatch.setattr(paged_prefill_mosaic, "paged_prefill", plain)
     with params.force_gpu_interpret_mode():
