@@ -1,15 +1,18 @@
 """The block sizes that the grouped products choose, and what a thread block finds of its items."""
 
 import functools
+import itertools
+import json
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from jmoe.pallas_kernels import grouped_blocks
-from jmoe.pallas_kernels.block_table import find_blocks
+from jmoe.pallas_kernels.block_table import TABLE, bucket, find_blocks
 from jmoe.pallas_kernels.expert_products_mosaic import shape_of
 from jmoe.pallas_kernels.grouped_blocks import choose_blocks
+from jmoe.pallas_kernels.grouped_matmul import ExpertBlocks
 from jmoe.pallas_kernels.grouped_product import Product, check_blocks
 from jmoe.pallas_kernels.permute import num_padded_rows
 
@@ -59,6 +62,21 @@ def test_what_is_chosen_for_both_products_runs(model, tokens, kind, monkeypatch)
         sizes = (num_experts, width, hidden) if small else (num_experts, hidden, width)
         shape = shape_of(rows, jax.ShapeDtypeStruct(sizes, dtype), blocks, 132, False)
         assert shape.gated.stages == shape.down.stages >= (2 if blocks.block_in == 256 or num_experts > 128 else 3)
+
+
+def test_every_measured_entry_for_both_products_is_taken(monkeypatch):
+    """Blocks that don't fit the models they were measured for would be passed over without a word."""
+    monkeypatch.setattr(grouped_blocks, "find_blocks", functools.partial(find_blocks, kind="NVIDIA H200"))
+    entries = json.loads(TABLE.read_text())["h200"]
+    for dtype in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)):
+        met = {}
+        for (num_experts, k, hidden, width), tokens in itertools.product(MODELS, [16, 128, 512, 4096]):
+            shape = {"rows": tokens * k, "experts": num_experts, "hidden": hidden, "width": width}
+            measured = entries[f"expert_products {dtype.name}"].get(bucket(shape))
+            if measured is not None and hidden % 128 == 0:
+                found = grouped_blocks.expert_blocks(dtype, tokens * k, num_experts, hidden, width)
+                met[bucket(shape)] = found == ExpertBlocks(**measured["blocks"]) or met.get(bucket(shape), False)
+        assert met == dict.fromkeys(met.keys() | entries[f"expert_products {dtype.name}"].keys(), True)
 
 
 def test_padding_is_not_counted():
