@@ -3,7 +3,9 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import glob
+import math
 import statistics
 import tempfile
 import threading
@@ -14,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from device_time import _calls
 
+DTYPES = {"bf16": jnp.bfloat16, "fp8": jnp.float8_e4m3fn}  # of products whose rate is measured
+PRODUCT_SIZE = 8192
 TRACING = threading.Lock()  # Python's part of a compilation: taken in turn, so that the first is done first
 
 
@@ -143,25 +147,40 @@ def _products(call: list[tuple[float, float, str]], before: Sequence[str], behin
 def ceilings(around: Callable[[], Any] | None = None) -> dict[str, float]:
     """As `device_time.ceilings`, on the device's clock: `read_bytes_per_s`, `bf16_flops`, `fp8_flops`.
 
-    Products of normal random operands: a GPU's clock depends on how many bits flip.
+    The products are a few calls; see `product_rate` for what a longer run gives.
     """
     big = [(jnp.full((1 << 28,), i, jnp.float32),) for i in range(2)]
-    found = {"read_bytes_per_s": 4 * (1 << 28) / _seconds(jnp.sum, big, around)}
+    read = compile_call(jnp.sum, big[0])
+    found = {"read_bytes_per_s": 4 * (1 << 28) / profile_call(read, big, around=around).seconds}
     del big
-    size = 8192
+    return found | {f"{dtype}_flops": product_rate(dtype, around=around) for dtype in DTYPES}
+
+
+def product_rate(dtype: str, seconds: float = 0.0, around: Callable[[], Any] | None = None) -> float:
+    """Operations a second of a plain product, 8192^3, in a run as long as what it is compared with: its median call.
+
+    A GPU lowers its clock under load: an H200 gives 1,560 TFLOP/s of float8 in the first 4 ms, 1,320 in 150 ms.
+
+    Args:
+      dtype: of DTYPES; the operands are normal random, since the clock depends on how many bits flip.
+      seconds: how long the run is to be; six calls at least.
+    """
+    program, inputs = _product(dtype)
+    about = 2 * PRODUCT_SIZE**3 / (1.5e15 if dtype == "fp8" else 0.8e15)
+    rounds = max(3, math.ceil(seconds / about / len(inputs)))
+    return 2 * PRODUCT_SIZE**3 / profile_call(program, inputs, rounds=rounds, around=around).seconds
+
+
+@functools.cache
+def _product(dtype: str) -> tuple[Any, list[tuple[Any, Any]]]:
+    """The compiled product and two pairs of operands, together larger than L2."""
 
     def product(x, y):
         return jax.lax.dot_general(x, y, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16)
 
-    for name, dtype in (("bf16_flops", jnp.bfloat16), ("fp8_flops", jnp.float8_e4m3fn)):
-        keys = [jax.random.key(seed, impl="rbg") for seed in range(4)]
-        a, b, c, d = (jax.random.normal(k, (size, size), jnp.float32).astype(dtype) for k in keys)
-        found[name] = 2 * size**3 / _seconds(product, [(a, b), (c, d)], around)
-    return found
-
-
-def _seconds(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], around: Any) -> float:
-    return profile_call(compile_call(function, inputs[0]), inputs, around=around).seconds
+    keys = [jax.random.key(seed, impl="rbg") for seed in range(4)]
+    a, b, c, d = (jax.random.normal(k, (PRODUCT_SIZE,) * 2, jnp.float32).astype(DTYPES[dtype]) for k in keys)
+    return compile_call(product, (a, b)), [(a, b), (c, d)]
 
 
 def events_of(folder: str) -> list[tuple[float, float, str]]:

@@ -5,7 +5,8 @@
     python benchmarks/expert_ffn.py --models tiny --tokens 16 --implementations xla --no-peers    # runs on a CPU
 
 "%" is floor over time, the floor being max(bytes of the active experts' weights and scales and of the rows in and out
-over the read bandwidth, 6 * pairs * D * F over the product rate), both measured in the same run. Whole FFN: permute,
+over the read bandwidth, 6 * pairs * D * F over the product rate), both measured in the same run, the product rate for
+each case in a run of its length: the clock falls under load (`device_profile.product_rate`). Whole FFN: permute,
 grouped products, SwiGLU, combine. Products: from the end of our permute to the end of the second product. Error:
 relative, against float64 of the bf16 weights at sampled rows. "same" says whether two calls gave the same bits. jax
 programs are timed on the device by the profiler (each call one CUDA graph, from its first kernel's start to its last
@@ -25,8 +26,9 @@ from typing import Any
 
 import expert_ffn_peers as peers
 import jax
+import jax.numpy as jnp
 import numpy as np
-from device_profile import ceilings, compile_call, profile_call
+from device_profile import ceilings, compile_call, product_rate, profile_call
 from device_time import relative_error, where
 from expert_ffn_cases import (
     MODELS,
@@ -55,6 +57,7 @@ class Result:
     routing: str
     active: float
     floor_us: float
+    product_rate: float  # TFLOP/s, in a run of the case's length
     name: str
     us: float | None = None
     percent: float | None = None
@@ -101,6 +104,8 @@ class Setting:
         return [(i.rows, i.local_idx, i.topk_weights, *weights) for i in self.inputs]
 
 
+ROUNDS = 3  # of a case's calls: all its inputs in turn
+OUT: Any = {"out_dtype": jnp.bfloat16}  # as the public kernels give it, and as the floor counts
 COMPILING = 8  # programs at a time
 BEFORE = ("permute_rows", "count_pairs", "place_pairs", "copy_rows")  # kernels of ours beside the products
 BEHIND = ("unpermute",)
@@ -117,7 +122,8 @@ def measure_jax(setting: Setting, name: str, program: Any) -> Result:
         outs = jax.block_until_ready([program(*arguments) for arguments in (*calls, calls[0])])
         seconds = (time.perf_counter() - start) / len(outs)
         return setting.result(name, seconds, None, [outs[0], outs[-1]])
-    found = profile_call(program, calls, around=setting.around, before_products=BEFORE, behind_products=BEHIND)
+    names: Any = {"before_products": BEFORE, "behind_products": BEHIND}
+    found = profile_call(program, calls, rounds=ROUNDS, around=setting.around, **names)
     if not name.startswith("jmoe"):
         return setting.result(name, found.seconds, None, found.outputs)
     kernels = {kernel: seconds * 1e6 for kernel, seconds in found.kernels.items()}
@@ -151,7 +157,7 @@ def prepare(case: Case, args: argparse.Namespace, pool: concurrent.futures.Execu
     """Name to a future program: ours in each implementation, and jax's peers."""
     candidates = {}
     for implementation in args.implementations:
-        candidates[f"jmoe {implementation}"] = functools.partial(expert_ffn, implementation=implementation)
+        candidates[f"jmoe {implementation}"] = functools.partial(expert_ffn, implementation=implementation, **OUT)
     if "jax" in args.peers and case.dtype == "bf16":
         candidates |= peers.jax_peers(case.tokens)
     return {name: pool.submit(compile_call, f, call_shapes(case)) for name, f in candidates.items()}
@@ -178,14 +184,15 @@ def table(results: list[Result]) -> str:
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    head = "| model | T | dtype | routing | active | floor us | by | us | % | products us | % | error | same |"
-    lines = [head, "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    head = "| model | T | dtype | routing | active | floor us | TFLOP/s | by | us | % | products us | % | error |same|"
+    lines = [head, "|" + "---|" * (head.count("|") - 1)]
     for r in results:
         last = r.note or f"{number(r.error, '.1e')} | {'-' if r.same is None else 'yes' if r.same else 'no'}"
         numbers = [number(v, f) for v, f in zip(
             (r.us, r.percent, r.products_us, r.products_percent), (".1f", ".1f", ".1f", ".1f"), strict=True
         )]  # fmt: skip
-        shape = f"{r.model} | {r.tokens} | {r.dtype} | {r.routing} | {r.active:.1f} | {r.floor_us:.1f} | {r.name}"
+        shape = f"{r.model} | {r.tokens} | {r.dtype} | {r.routing} | {r.active:.1f} | {r.floor_us:.1f}"
+        shape = f"{shape} | {r.product_rate:.0f} | {r.name}"
         lines.append(f"| {shape} | {' | '.join(numbers)} | {last} |")
     return "\n".join(lines)
 
@@ -204,10 +211,18 @@ def settings(name: str, args: argparse.Namespace, found: dict[str, float], aroun
         drawn = case.tokens, case.routing
         if drawn not in truths:
             truths[drawn] = truth(inputs[0], weights)
-        floor_us = floor_of(case, inputs, found) * 1e6
-        blank = Result(name, case.tokens, case.dtype, case.routing, active_experts(inputs), floor_us, "")
+        rate = product_rate_of(case, inputs, found, around)
+        floor_us = floor_of(case, inputs, found | {f"{case.dtype}_flops": rate}) * 1e6
+        blank = Result(name, case.tokens, case.dtype, case.routing, active_experts(inputs), floor_us, rate / 1e12, "")
         sampled, want = truths[drawn]
         yield Setting(case, inputs, weights, scaled, sampled, want, blank, around)
+
+
+def product_rate_of(case: Case, inputs: list[Inputs], found: dict[str, float], around: Any) -> float:
+    """Of a run that is as long as the case's would be at its floor."""
+    if jax.default_backend() != "gpu":
+        return found[f"{case.dtype}_flops"]
+    return product_rate(case.dtype, floor_of(case, inputs, found) * len(inputs) * ROUNDS, around)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

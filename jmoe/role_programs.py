@@ -39,6 +39,11 @@ def _partial_sums(cell: CellConfig, module: ExpertLayer, rows, local_idx, topk_w
     return module(rows, local_idx, topk_weights, cell.implementation)
 
 
+def _rounded_sums(cell: CellConfig, module: ExpertLayer, rows, local_idx, topk_weights):
+    """In the dtype of the rows, which they travel in."""
+    return module(rows, local_idx, topk_weights, cell.implementation, rows.dtype)
+
+
 class AttentionRole:
     """Attention stages over this device's share of the attention half's parameters."""
 
@@ -184,7 +189,9 @@ class ExpertRole:
         topk_weights = rows_at(inbox.topk_weights, first)
         # Rows and weights that were not sent may be anything: a row's sum is of that row alone, and theirs is not sent.
         flat = (local_idx.reshape(len(rows), -1), topk_weights.reshape(len(rows), -1))
-        sums = self.tensor.sum(self.partial_sums(stage.layer, rows, *flat)).astype(f.dtype)
+        add = _rounded_sums if self.tensor.size == 1 else _partial_sums  # ranks add up in float32 first
+        sums = run_layer(add, self.cell, self.half.layers[stage.layer], rows, *flat)
+        sums = self.tensor.sum(sums).astype(f.dtype)
         slices = sums.reshape(self.cell.mesh.attention, f.capacity, rounds.num_slices, f.width)
         peer, slice_idx = rows_at(jnp.asarray(rounds.peer), device), rows_at(jnp.asarray(rounds.slice_idx), device)
         replica = jnp.maximum(peer, 0)

@@ -1,5 +1,6 @@
 """The expert FFN of one node: rows in, one weighted partial sum a row out."""
 
+import functools
 from typing import Literal
 
 import jax
@@ -25,6 +26,7 @@ def expert_ffn(
     up_proj: jax.Array | BlockScaled,
     down_proj: jax.Array | BlockScaled,
     *,
+    out_dtype: jax.typing.DTypeLike = jnp.float32,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """y[r] = sum_j w[r, j] * down[e_j](silu(x[r] gate[e_j]) * (x[r] up[e_j])), e_j = local_idx[r, j], over e_j >= 0.
@@ -35,12 +37,13 @@ def expert_ffn(
       topk_weights: `[rows, k]` float32, ignored where local_idx is -1.
       gate_proj, up_proj: `[E, D, F]`; down_proj: `[E, F, D]`; E experts of this node, F this tensor rank's columns.
         Or all three `BlockScaled`, of values `[E, F, D]` and `[E, D, F]`: see `block_scaled_ffn`.
+      out_dtype: float32, or bfloat16 for sums that nothing is added to in float32: rounded once, half the bytes.
       implementation: "xla" (every expert over every row, batched: reads each weight once and copies none; its waste
         is E/k in operations, none in bytes), "pallas" (rows permuted by expert, grouped products; Hopper, bf16 or
         scaled float8), "reference" (float32, a gathered expert a row), None for "pallas" where it fits, else "xla".
 
     Returns:
-      `[rows, D]` float32 partial sums (over the node's experts and this rank's columns). A row with no local expert
+      `[rows, D]` partial sums (over the node's experts and this rank's columns). A row with no local expert
       gives zeros.
 
     Raises:
@@ -54,14 +57,22 @@ def expert_ffn(
             f"expert_ffn: expected rows [rows, D], gate and up [E, D, F] and down [E, F, D], all BlockScaled or none, "
             f"got {rows.shape} and (as [E, in, out]) {', '.join(map(str, shapes))}"
         )
+    if jnp.dtype(out_dtype) not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"expert_ffn: expected out_dtype float32 or bfloat16, got {jnp.dtype(out_dtype)}")
     arguments = (rows, local_idx, topk_weights, gate_proj, up_proj, down_proj)
+    forms = {
+        "xla": lambda *given: _xla(*given).astype(out_dtype),
+        "pallas": lambda *given: _pallas(*given, out_dtype),
+        "reference": lambda *given: _reference(*given).astype(out_dtype),
+    }
     if implementation is None:
-        return by_platform("expert_ffn", _pallas, _xla, *arguments) if _fits_pallas(*arguments) else _xla(*arguments)
-    if implementation not in FORMS:
+        fits = _fits_pallas(*arguments)
+        return by_platform("expert_ffn", forms["pallas" if fits else "xla"], forms["xla"], *arguments)
+    if implementation not in forms:
         raise ValueError(
             f"expert_ffn: expected implementation 'xla', 'pallas', 'reference' or None, got {implementation!r}"
         )
-    return FORMS[implementation](*arguments)
+    return forms[implementation](*arguments)
 
 
 def _shape(weights: jax.Array | BlockScaled) -> tuple[int, ...]:
@@ -95,21 +106,24 @@ def _fits_pallas(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj) -
     return kind and hidden % unit == 0 and width % unit == 0 and local_idx.size >= 8
 
 
-@jax.custom_vjp
-def _pallas(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _pallas(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj, out_dtype=jnp.float32):
     """permute, the products, unpermute, each a Mosaic GPU kernel (permute: three above 2,048 pairs)."""
     values = gate_proj.values if isinstance(gate_proj, BlockScaled) else gate_proj
     blocks = expert_blocks(values.dtype, local_idx.size, *_shape(gate_proj))
-    return pallas_ffn(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj, blocks)
+    return pallas_ffn(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj, blocks, out_dtype)
 
 
-def pallas_ffn(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj, blocks: ExpertBlocks | None):
+def pallas_ffn(
+    rows, local_idx, topk_weights, gate_proj, up_proj, down_proj, blocks: ExpertBlocks | None, out_dtype=jnp.float32
+):
     """`expert_ffn` in Mosaic GPU kernels; both products in one, with `blocks`, or for None one after the other."""
     scaled = isinstance(gate_proj, BlockScaled)
     permuted = permute(rows, local_idx, gate_proj.shape[0], align=ALIGN, float8=scaled, implementation="pallas")
     weights = gate_proj, up_proj, down_proj
     out = _one_by_one(permuted, local_idx.size, *weights) if blocks is None else _at_once(permuted, *weights, blocks)
-    return unpermute(out, permuted.positions, topk_weights, older_positions=True, implementation="pallas")
+    back = {"older_positions": True, "out_dtype": out_dtype, "implementation": "pallas"}
+    return unpermute(out, permuted.positions, topk_weights, **back)
 
 
 def _at_once(permuted: Permuted, gate_proj, up_proj, down_proj, blocks: ExpertBlocks) -> jax.Array:
@@ -135,14 +149,14 @@ def _one_by_one(permuted: Permuted, pairs: int, gate_proj, up_proj, down_proj) -
 
 
 def _pallas_forward(*arguments):
-    return _pallas(*arguments), arguments
+    return _pallas(*arguments), arguments[:-1]
 
 
-def _pallas_backward(arguments, cotangent):
+def _pallas_backward(_, arguments, cotangent):
     """The XLA form's."""
     rows, local_idx, *rest = arguments
     _, pull = jax.vjp(lambda rows, *rest: _xla(rows, local_idx, *rest), rows, *rest)
-    found = pull(cotangent)
+    found = pull(cotangent.astype(jnp.float32))
     return found[0], np.zeros(local_idx.shape, jax.dtypes.float0), *found[1:]
 
 
@@ -168,6 +182,3 @@ def _reference(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj):
         term = topk_weights[:, j, None] * jnp.einsum("rf,rfd->rd", hidden, down)
         out = out + jnp.where(local_idx[:, j, None] >= 0, term, 0.0)
     return out
-
-
-FORMS = {"xla": _xla, "pallas": _pallas, "reference": _reference}

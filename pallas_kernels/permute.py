@@ -78,6 +78,7 @@ def unpermute(
     topk_weights: jax.Array | None = None,
     *,
     older_positions: bool = False,
+    out_dtype: jax.typing.DTypeLike = jnp.float32,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """out[r] = sum_j w[r, j] * rows[positions[r, j]] over positions >= 0, in float32, j ascending.
@@ -89,10 +90,11 @@ def unpermute(
         at all, so that what a muted row holds, NaN included, says nothing.
       older_positions: what makes the rows waits for what made the positions: "pallas" may read these before it has
         ended.
+      out_dtype: float32 or bfloat16, to which the sum is rounded.
       implementation: as in `permute`.
 
     Returns:
-      `[rows, D]` float32; zeros where a row has no position.
+      `[rows, D]`; zeros where a row has no position.
 
     Raises:
       ValueError: shapes that don't belong together, or an implementation that can't run.
@@ -102,10 +104,12 @@ def unpermute(
             f"unpermute: expected rows [padded, D], positions [rows, k] and topk_weights [rows, k] or None, got "
             f"{rows.shape}, {positions.shape} and {None if topk_weights is None else topk_weights.shape}"
         )
+    if jnp.dtype(out_dtype) not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"unpermute: expected out_dtype float32 or bfloat16, got {jnp.dtype(out_dtype)}")
     if implementation == "pallas":
         from jmoe.pallas_kernels.permute_mosaic import unpermute_pallas
 
-        return unpermute_pallas(rows, positions, topk_weights, older_positions)
+        return unpermute_pallas(rows, positions, topk_weights, older_positions, jnp.dtype(out_dtype))
     if implementation not in (None, "xla", "reference"):
         raise ValueError(
             f"unpermute: expected implementation 'xla', 'pallas', 'reference' or None, got {implementation!r}"
@@ -120,7 +124,7 @@ def unpermute(
         if topk_weights is not None:
             gathered = gathered * topk_weights[:, j, None]
         out = out + jnp.where(heard[:, None], gathered, 0.0)
-    return out
+    return out.astype(out_dtype)
 
 
 def _starts(group_sizes: jax.Array, align: int) -> jax.Array:

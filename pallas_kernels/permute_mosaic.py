@@ -48,7 +48,7 @@ def permute_pallas(
 
 
 def unpermute_pallas(
-    rows: jax.Array, positions: jax.Array, topk_weights: jax.Array | None, older_positions: bool
+    rows: jax.Array, positions: jax.Array, topk_weights: jax.Array | None, older_positions: bool, out_dtype: Any
 ) -> jax.Array:
     """`unpermute` in one kernel: a thread sums 16 bytes of k rows, all k loads in flight; see there."""
     num_rows, k = positions.shape
@@ -65,13 +65,13 @@ def unpermute_pallas(
         if not older_positions:
             simt.follow()
         weighted = topk_weights is not None
-        simt.program(_combine(k, width, lanes, blocks, rows.dtype, weighted, older_positions), *refs)
+        simt.program(_combine(k, width, lanes, blocks, rows.dtype, weighted, older_positions, out_dtype), *refs)
         if older_positions:
             simt.follow()
 
     kernel = plgpu.kernel(
         unpermute_rows,
-        out_type=jax.ShapeDtypeStruct((num_rows, width), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((num_rows, width), out_dtype),
         grid=(num_rows * blocks,),
         grid_names=("block",),
     )
@@ -80,7 +80,7 @@ def unpermute_pallas(
 
 
 def _combine(
-    k: int, width: int, lanes: int, blocks: int, dtype: Any, weighted: bool, early: bool
+    k: int, width: int, lanes: int, blocks: int, dtype: Any, weighted: bool, early: bool, out_dtype: Any
 ) -> Callable[..., None]:
     """Block b sums chunk b % blocks of row b // blocks. early: positions are read before the rows are there."""
 
@@ -103,7 +103,10 @@ def _combine(
                 if weighted:
                     term, heard = term.times(shares[j]), heard & shares[j].is_not_zero()
                 total = total + term.where(heard)
-            target = out.skip(row, width * 4)
+            target = out.skip(row, width * out_dtype.itemsize)
+            if out_dtype == jnp.bfloat16:
+                target.store_vector(index, total.to(simt.element_type(out_dtype)), 2 * lanes)
+                return
             for i, four in enumerate(total.fours()):
                 target.store_vector(index * (lanes // 4) + i, four)
 

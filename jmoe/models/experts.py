@@ -1,6 +1,7 @@
 """The expert half of a model: the FFNs of every MoE layer. Lives on the expert mesh."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jmoe.config import ModelConfig
@@ -36,13 +37,16 @@ class ExpertLayer(nnx.Module):
         local_idx: jax.Array,
         topk_weights: jax.Array,
         implementation: Implementation | None = None,
+        out_dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> jax.Array:
-        """One weighted partial sum a row, float32: see `expert_ffn`."""
+        """One weighted partial sum a row: see `expert_ffn`."""
         weights = (self.gate_proj[...], self.up_proj[...], self.down_proj[...])
         if self.is_scaled:
             scales = (self.gate_scales[...], self.up_scales[...], self.down_scales[...])
             weights = (BlockScaled(w, s) for w, s in zip(weights, scales, strict=True))
-        return expert_ffn(rows, local_idx, topk_weights, *weights, implementation=implementation)
+        return expert_ffn(
+            rows, local_idx, topk_weights, *weights, out_dtype=out_dtype, implementation=implementation
+        )
 
 
 def scaled_specs(plain: ArraySpec) -> tuple[ArraySpec, ArraySpec]:

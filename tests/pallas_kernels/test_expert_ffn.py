@@ -168,6 +168,8 @@ def test_what_cannot_be_computed_is_refused():
     gate, up, down = weights()
     with pytest.raises(ValueError, match="expected implementation 'xla', 'pallas', 'reference' or None, got 'cuda'"):
         expert_ffn(rows, ids, shares, gate, up, down, implementation="cuda")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expert_ffn: expected out_dtype float32 or bfloat16, got int8"):
+        expert_ffn(rows, ids, shares, gate, up, down, out_dtype="int8")
     for wrong in ((rows[:, :5], gate, up, down), (rows, gate, up[:, :, :5], down), (rows, gate, up, up)):
         with pytest.raises(ValueError, match=r"expert_ffn: expected rows .* got \(4, "):
             expert_ffn(wrong[0], ids, shares, *wrong[1:])

@@ -99,7 +99,15 @@ def test_a_muted_choice_of_a_broken_expert_is_not_heard(pallas):
     )
 
 
-def test_gradients_are_the_xla_forms(monkeypatch):
+def test_sums_are_rounded_once(pallas):
+    arguments = case(9, 0.2)
+    got = pallas(*arguments, jnp.dtype(jnp.bfloat16))
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got, jnp.asarray(pallas(*arguments)).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("out_dtype", ["float32", "bfloat16"])
+def test_gradients_are_the_xla_forms(monkeypatch, out_dtype):
     monkeypatch.setattr(module, "expert_blocks", lambda *_: None)
     for name in ("permute", "unpermute", "gated_grouped_matmul", "grouped_matmul"):
         function = getattr(module, name)
@@ -107,7 +115,8 @@ def test_gradients_are_the_xla_forms(monkeypatch):
     rows, local_idx, shares, *weights = case(16, 0.3, experts=3)
 
     def loss(implementation, rows, shares, *weights):
-        return jnp.sum(expert_ffn(rows, jnp.asarray(local_idx), shares, *weights, implementation=implementation) ** 2)
+        options = {"out_dtype": out_dtype, "implementation": implementation}
+        return jnp.sum(expert_ffn(rows, jnp.asarray(local_idx), shares, *weights, **options).astype(jnp.float32) ** 2)
 
     found = {}
     for implementation in ("xla", "pallas"):

@@ -118,8 +118,8 @@ def test_the_worst_case_is_reached_and_no_more_than_it():
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("weighted", [True, False])
-def test_unpermute_adds_a_rows_choices(implementation, dtype, weighted):
+@pytest.mark.parametrize(("weighted", "out_dtype"), [(True, "float32"), (False, "float32"), (True, "bfloat16")])
+def test_unpermute_adds_a_rows_choices(implementation, dtype, weighted, out_dtype):
     rng = np.random.default_rng(2)
     local_idx = choices(rng, 21, 3, NUM_EXPERTS, 0.3)
     local_idx[4] = -1
@@ -132,13 +132,13 @@ def test_unpermute_adds_a_rows_choices(implementation, dtype, weighted):
     shares[7, 1] = 0
     y[positions[7, 1]] = np.nan if weighted and positions[7, 1] >= 0 else y[positions[7, 1]]
     arguments = (y, positions, shares) if weighted else (y, positions)
-    got = np.asarray(compiled(unpermute, implementation)(*arguments))
-    assert got.dtype == np.float32 and not got[4].any()
+    got = np.asarray(compiled(unpermute, implementation, out_dtype=jnp.dtype(out_dtype))(*arguments))
+    assert got.dtype == jnp.dtype(out_dtype) and not got[4].any()
     want = np.zeros(got.shape)
     for (r, j), place in np.ndenumerate(positions):
         if place >= 0 and (shares[r, j] or not weighted):
             want[r] += (shares[r, j] if weighted else 1) * y[place].astype(np.float64)
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got.astype(np.float64), want, rtol=1e-5 if out_dtype == "float32" else 2**-8, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -165,3 +165,5 @@ def test_what_cannot_be_computed_is_refused():
         permute(rows, ids, 8, float8=True, implementation="pallas")
     with pytest.raises(ValueError, match=r"unpermute: expected rows .* got \(4, 12\), \(4, 2\) and \(4, 1\)"):
         unpermute(rows, ids, np.ones((4, 1), np.float32))
+    with pytest.raises(ValueError, match="unpermute: expected out_dtype float32 or bfloat16, got float16"):
+        unpermute(rows, ids, out_dtype=jnp.float16)
