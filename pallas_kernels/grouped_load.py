@@ -55,24 +55,13 @@ class Loader:
             plgpu.copy_gmem_to_smem(source.at[cells], self.weights_s.at[slot, part], self.full.at[slot])
 
     def rows(self, item: Item, k: Any, slot: Any) -> None:
-        shape, b, full = self.shape, self.shape.blocks, self.full.at[slot]
-        share = b.block_rows // shape.row_copies
+        shape, b = self.shape, self.shape.blocks
         for part in range(shape.row_parts):
-            for n in range(shape.row_copies):
-
-                def copy(part=part, n=n):
-                    cells = pl.ds(item.first + n * share, share), pl.ds(shape.term(k, part), b.block_in)
-                    place = pl.ds(n * share, share)
-                    plgpu.copy_gmem_to_smem(self.rows_g.at[cells], self.rows_s.at[slot, part, place], full)
-
-                if part * b.block_in >= shape.depth:
-                    plgpu.barrier_arrive(full)  # for rows that the stage has room for and the product has not
-                elif n == 0:
-                    copy()
-                else:
-                    needed = item.skipped + item.meant > n * share
-                    pl.when(needed)(copy)
-                    pl.when(~needed)(lambda: plgpu.barrier_arrive(full))
+            if part * b.block_in >= shape.depth:
+                plgpu.barrier_arrive(self.full.at[slot])  # for rows that the stage has room for and the product has not
+                continue
+            cells = pl.ds(item.first, b.block_rows), pl.ds(shape.term(k, part), b.block_in)
+            plgpu.copy_gmem_to_smem(self.rows_g.at[cells], self.rows_s.at[slot, part], self.full.at[slot])
 
     def drain(self, num_steps: Any) -> None:
         """Nobody leaves while another may still arrive."""

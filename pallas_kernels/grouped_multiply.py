@@ -33,7 +33,6 @@ class Consumer:
       own: number of this consumer.
       weights_s, rows_s, full, free: the stages of the pipeline.
       out_s: tiles of results, `Product.out_tiles`.
-      met: a barrier of all consumers.
       scales: (rows' scales, of each part the weights' scales), in global memory.
       out_g: in global memory.
     """
@@ -45,7 +44,6 @@ class Consumer:
     out_s: Any
     full: Any
     free: Any
-    met: Any
     scales: tuple[Any, tuple[Any, ...]]
     out_g: Any
 
@@ -57,12 +55,6 @@ class Consumer:
         cells = cells if len(source.shape) == 1 else cells.at[:, column]
         layout: Any = LAYOUT.reduce(reduced)
         return plgpu.load(cells, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue]
-
-    def meet(self) -> None:
-        """All consumers are here."""
-        if self.shape.blocks.consumers > 1:
-            plgpu.barrier_arrive(self.met)
-            plgpu.barrier_wait(self.met)
 
 
 @dataclasses.dataclass(frozen=True)

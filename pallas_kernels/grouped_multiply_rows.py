@@ -2,8 +2,7 @@
 
 Then a thread holds two rows instead of a quarter of them: their scales are two registers, not 32, and 128 rows of gate
 and up fit beside the product that is being scaled. Shared memory is read less: 6 KB for 64 x 128 x 32 terms instead of
-5 for 64 x 96. A block with rows of one consumer only is shared by both, 64 of the 128 columns each: at 140 rows an
-expert the second block of 12 would take as long as the first.
+5 for 64 x 96. A block of rows that is partly empty costs a multiple of 64 rows.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ from jmoe.pallas_kernels.grouped_items import Item
 from jmoe.pallas_kernels.grouped_matmul import SCALED
 from jmoe.pallas_kernels.grouped_matmul_threads import store_rows
 from jmoe.pallas_kernels.grouped_multiply import LAYOUT, Consumer, accumulator, swiglu
-from jmoe.pallas_kernels.grouped_product import HALF, ROWS
+from jmoe.pallas_kernels.grouped_product import ROWS
 
 # A turn is a barrier of both consumers, one of which waits; Mosaic's own barriers have the numbers up to 4.
 _TAKE, _GIVE = "bar.sync", "bar.arrive"
@@ -29,27 +28,14 @@ _FIRST_BARRIER = 8
 
 @dataclasses.dataclass(frozen=True)
 class Mine(Item):
-    """A consumer's part of an item.
+    """A consumer's rows of an item; both: whether the other consumer has rows of it, too."""
 
-    Attributes:
-      start: where its ROWS rows begin within the stage's.
-      columns: of each block of 128, which it takes; a slice.
-      both: whether the other consumer has rows of the item, too.
-    """
-
-    start: Any
-    columns: Any
     both: Any
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Of one product."""
-        return ROWS, self.columns.size
 
 
 @dataclasses.dataclass(frozen=True)
 class RowMultiplier(Consumer):
-    """A consumer that takes 64 rows of the item's block, with all its columns, or half of the columns; of float8.
+    """A consumer that takes 64 rows of the item's block, with all its columns; of float8.
 
     Attributes:
       out_scales_g: where results are rounded to float8, their scales in global memory, else None.
@@ -58,21 +44,12 @@ class RowMultiplier(Consumer):
     out_scales_g: Any = None
 
     def visit(self, item: Item) -> None:
-        """The item's rows of this consumer, or its columns of an item whose rows are few."""
-        end = item.skipped + item.meant
-        shared = (end <= ROWS) if self.shape.blocks.consumers == 2 else False
-
-        @pl.when(shared)
-        def _():
-            self._share(Mine(**vars(item), start=0, columns=pl.ds(self.own * HALF, HALF), both=jnp.int32(0)))
-
-        @pl.when(jnp.logical_not(shared))
-        def _():
-            start = self.own * ROWS
-            low, high = (jnp.clip(n - start, 0, ROWS) for n in (item.skipped, end))
-            mine = {**vars(item), "first": item.first + start, "skipped": low, "meant": high - low}
-            both = (item.skipped < ROWS).astype(jnp.int32)
-            self._visit(Mine(**mine, start=start, columns=pl.ds(0, SCALED), both=both))
+        """The item's rows of this consumer, if any are meant."""
+        start = self.own * ROWS
+        low, high = (jnp.clip(n - start, 0, ROWS) for n in (item.skipped, item.skipped + item.meant))
+        both = ((item.skipped < ROWS) & (item.skipped + item.meant > ROWS)).astype(jnp.int32)
+        mine = {**vars(item), "first": item.first + start, "skipped": low, "meant": high - low}
+        self._visit(Mine(**mine, both=both))
 
     def _visit(self, mine: Mine) -> None:
         @pl.when(mine.meant > 0)
@@ -98,21 +75,6 @@ class RowMultiplier(Consumer):
             plgpu.commit_smem()
             self._store(tile, item, self.shape.column(item.tile, part))
 
-    def _share(self, item: Mine) -> None:
-        """Both consumers' columns stand side by side in one tile a part, of which each stores half of the rows."""
-        results = self._results(self._products(item))
-        for part, out in enumerate(results):
-            self.out_s.at[part, :, item.columns][...] = out.astype(self.shape.out_dtype)
-        plgpu.commit_smem()
-        self.meet()
-        before = lax.div(item.meant + 15, 16) * 8  # the first consumer's: groups start at multiples of 8
-        low, high = (jnp.where(self.own == 0, *n) for n in ((0, before), (before, item.meant)))
-        half = dataclasses.replace(item, skipped=item.skipped + low, meant=jnp.maximum(high - low, 0))
-        for part in range(len(results)):
-            self._store(self.out_s.at[part], half, self.shape.column(item.tile, part))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        self.meet()  # the tiles may be written again
-
     def _results(self, products: tuple[Any, ...]) -> tuple[Any, ...]:
         if not self.shape.gated:
             return products
@@ -120,10 +82,9 @@ class RowMultiplier(Consumer):
         return (swiglu(gate, up, self.shape.interpret),)
 
     def _products(self, item: Mine) -> tuple[Any, ...]:
-        """item.size float32 for each part; every 128 terms are summed by themselves and scaled."""
-        shape, stages, size = self.shape, jnp.int32(self.shape.stages), item.size
-        in_stage = self.shape.depth // SCALED
-        at_once = 1 if size[1] == SCALED else shape.parts  # sums beside their totals in the registers
+        """[ROWS, SCALED] float32 for each part; every 128 terms are summed by themselves and scaled."""
+        shape, stages = self.shape, jnp.int32(self.shape.stages)
+        size, in_stage = (ROWS, SCALED), self.shape.depth // SCALED
         by_row_g, by_block_g = self.scales
 
         def by_blocks(k):
@@ -131,19 +92,17 @@ class RowMultiplier(Consumer):
             columns = [lax.div(shape.column(item.tile, part), SCALED) for part in range(shape.parts)]
             return [by_block_g[part][item.expert, column, k] for part, column in enumerate(columns)]
 
-        def products(slot, n, start):
-            """Of `at_once` parts from one on, the n-th 128 terms of a stage."""
+        def product(slot, n, part):
             terms = pl.ds(n * SCALED, SCALED)
-            rows = self.rows_s.at[slot, 0, pl.ds(item.start, ROWS), terms]
+            rows = self.rows_s.at[slot, 0, pl.ds(self.own * ROWS, ROWS), terms]
 
-            def run(*accs):
+            def run(acc):
                 self._turn(_TAKE, item)
-                for part, acc in enumerate(accs, start):
-                    plgpu.wgmma(acc, rows, self.weights_s.at[slot, part, item.columns, terms].T)
+                plgpu.wgmma(acc, rows, self.weights_s.at[slot, part, :, terms].T)
                 self._turn(_GIVE, item)
-                return tuple(acc[...] for acc in accs)
+                return acc[...]
 
-            return pl.run_scoped(run, *[accumulator(size, jnp.float32)] * at_once)
+            return pl.run_scoped(run, accumulator(size, jnp.float32))
 
         def step(k, totals):
             slot, totals = lax.rem(item.step + k, stages), list(totals)
@@ -153,12 +112,11 @@ class RowMultiplier(Consumer):
                 # 60 of them went to memory and back in every step, and it took a third more.
                 number = k * in_stage + n
                 by_row, by_block = self.factors(by_row_g, ROWS, item.first, number, reduced=1), by_blocks(number)
-                for start in range(0, shape.parts, at_once):
-                    found: Any = products(slot, n, start)
-                    if n == in_stage - 1 and start + at_once == shape.parts:
+                for part in range(shape.parts):
+                    found: Any = product(slot, n, part)
+                    if n == in_stage - 1 and part == shape.parts - 1:
                         plgpu.barrier_arrive(self.free.at[slot])
-                    for part, product in enumerate(found, start):
-                        totals[part] += product * lax.broadcast_in_dim(by_row * by_block[part], size, (0,))
+                    totals[part] += found * lax.broadcast_in_dim(by_row * by_block[part], size, (0,))
             return tuple(totals)
 
         none = plgpu.layout_cast(jnp.zeros(size, jnp.float32), LAYOUT)

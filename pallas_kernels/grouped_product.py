@@ -43,11 +43,6 @@ class Product:
         return isinstance(self.blocks, ExpertBlocks) and self.blocks.rows_first
 
     @property
-    def row_copies(self) -> int:
-        """Of one part of a stage's rows: where rows stand first, one a consumer, of which a short block needs one."""
-        return self.blocks.consumers if self.rows_first else 1
-
-    @property
     def share(self) -> int:
         """Columns of one consumer in a part."""
         return self.blocks.block_out // (1 if self.rows_first else self.blocks.consumers)
@@ -149,7 +144,7 @@ def check_blocks(shape: Product) -> None:
 
 
 def scratch(shape: Product) -> list[Any]:
-    """Shared memory: stages of weights and rows, tiles of results, words, full, free, and where consumers meet."""
+    """Shared memory: stages of weights and rows, tiles of results, words, full and free."""
     b, stages = shape.blocks, shape.stages
     tiled = transforms(shape.in_dtype)
     tile = (b.block_out, b.block_in) if shape.small else (b.block_in, b.block_out)
@@ -158,9 +153,8 @@ def scratch(shape: Product) -> list[Any]:
         plgpu.SMEM((stages, shape.row_parts, b.block_rows, b.block_in), shape.in_dtype, transforms=tiled),
         plgpu.SMEM(shape.out_tiles, shape.out_dtype, transforms=shape.out_transforms),
         plgpu.SMEM((1 + b.consumers, 3, shape.num_experts + 1), jnp.int32),
-        plgpu.Barrier(num_arrivals=shape.row_parts * shape.row_copies + shape.parts, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=shape.row_parts + shape.parts, num_barriers=stages),
         plgpu.Barrier(num_arrivals=b.consumers, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=b.consumers),
     ]
 
 
