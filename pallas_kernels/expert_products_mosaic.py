@@ -80,7 +80,7 @@ def shape_of(rows: Any, gate: Any, blocks: ExpertBlocks, num_sms: int, interpret
     small = rows.dtype.itemsize == 1
     (num_experts, *_), (num_rows, hidden) = gate.shape, rows.shape
     width = gate.shape[1] if small else gate.shape[2]
-    of_kind = blocks.block_out % SCALED == 0 if small else not blocks.rows_first
+    of_kind = blocks.rows_first or blocks.block_out % SCALED == 0 if small else not blocks.rows_first
     fits = of_kind and fits_experts(blocks, num_rows, hidden, width)
     if not fits or num_rows % UNIT:
         raise ValueError(

@@ -1,16 +1,21 @@
 """The other way round for float8 and many rows: 64 rows are wgmma's M side, 128 columns of weights its N.
 
-Then a thread holds two rows instead of a quarter of them: their scales are two registers, not 32, and 128 rows of gate
-and up fit beside the product that is being scaled. Shared memory is read less: 6 KB for 64 x 128 x 32 terms instead of
-5 for 64 x 96. A block of rows that is partly empty costs a multiple of 64 rows.
+Then a thread holds two rows instead of a quarter of them: their scales are two registers, not 32, and two sums of 64 x
+128 fit beside the product that is being scaled. Shared memory is read less: 6 KB for 64 x 128 x 32 terms instead of 5
+for 64 x 96. A block of rows that is partly empty costs a multiple of 64 rows.
+
+Two sums are 128 columns of gate and up for 64 rows, or 64 columns of each for two times 64 rows. The second form reads
+the rows twice as often and the weights half as often: for experts whose rows don't fill two blocks of 128.
 """
 
 import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels import expert_products_share as sharing
@@ -19,23 +24,17 @@ from jmoe.pallas_kernels.grouped_items import Item
 from jmoe.pallas_kernels.grouped_matmul import SCALED
 from jmoe.pallas_kernels.grouped_matmul_threads import store_rows
 from jmoe.pallas_kernels.grouped_multiply import LAYOUT, Consumer, accumulator, swiglu
-from jmoe.pallas_kernels.grouped_product import ROWS
+from jmoe.pallas_kernels.grouped_product import HALF, ROWS
 
 # A turn is a barrier of both consumers, one of which waits; Mosaic's own barriers have the numbers up to 4.
 _TAKE, _GIVE = "bar.sync", "bar.arrive"
 _FIRST_BARRIER = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Mine(Item):
-    """A consumer's rows of an item; both: whether the other consumer has rows of it, too."""
-
-    both: Any
+_CONSUMERS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class RowMultiplier(Consumer):
-    """A consumer that takes 64 rows of the item's block, with all its columns; of float8.
+    """A consumer that takes every second 64 rows of the item's block, with all its columns; of float8.
 
     Attributes:
       out_scales_g: where results are rounded to float8, their scales in global memory, else None.
@@ -45,99 +44,104 @@ class RowMultiplier(Consumer):
 
     def visit(self, item: Item) -> None:
         """The item's rows of this consumer, if any are meant."""
-        start = self.own * ROWS
-        low, high = (jnp.clip(n - start, 0, ROWS) for n in (item.skipped, item.skipped + item.meant))
-        both = ((item.skipped < ROWS) & (item.skipped + item.meant > ROWS)).astype(jnp.int32)
-        mine = {**vars(item), "first": item.first + start, "skipped": low, "meant": high - low}
-        self._visit(Mine(**mine, both=both))
+        used = lax.div(item.skipped + item.meant + (ROWS - 1), ROWS)  # of the block's 64 rows each
+        count = lax.div(used - self.own + (_CONSUMERS - 1), _CONSUMERS)
+        alike = (lax.rem(used, _CONSUMERS) == 0).astype(jnp.int32)
+        for number in range(1 + -(-self.shape.row_copies // _CONSUMERS)):
 
-    def _visit(self, mine: Mine) -> None:
-        @pl.when(mine.meant > 0)
-        def _():
-            self._multiply(mine)
+            @pl.when(count == number)
+            def _(number=number):
+                if number:
+                    self._multiply(item, [self.own + i * _CONSUMERS for i in range(number)], alike)
+                else:
+                    lax.fori_loop(0, self.shape.steps, lambda k, _: self._pass_by(item, k), None)
 
-        @pl.when(mine.meant <= 0)
-        def _():
-            lax.fori_loop(0, self.shape.steps, lambda k, _: self._pass(mine, k), None)
-
-    def _pass(self, item: Item, k: Any) -> None:
+    def _pass_by(self, item: Item, k: Any) -> None:
         """A stage that nothing is needed of."""
         slot = lax.rem(item.step + k, jnp.int32(self.shape.stages))
         plgpu.barrier_wait(self.full.at[slot])
         plgpu.barrier_arrive(self.free.at[slot])
 
-    def _multiply(self, item: Mine) -> None:
-        products = self._products(item)
-        tile = self.out_s.at[self.own]
-        for part, out in enumerate(self._results(products)):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            tile[...] = out.astype(self.shape.out_dtype)
-            plgpu.commit_smem()
-            self._store(tile, item, self.shape.column(item.tile, part))
+    def _multiply(self, item: Item, places: list[Any], alike: Any) -> None:
+        """places: which 64 rows of the block; alike: whether the other consumer has as many."""
+        shape, width = self.shape, SCALED // self.shape.passes
+        for number in range(shape.passes):
+            totals = self._products(item, places, alike, number)
+            for place, part, out in self._results(places, totals):
+                tile = self.out_s.at[place]
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                tile.at[:, pl.ds(number * width, width)][...] = out.astype(shape.out_dtype)
+                plgpu.commit_smem()
+                if number == shape.passes - 1:
+                    self._store(tile, _rows_of(item, place), shape.column(item.tile, part))
 
-    def _results(self, products: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not self.shape.gated:
-            return products
-        gate, up = products
-        return (swiglu(gate, up, self.shape.interpret),)
+    def _results(self, places: list[Any], totals: tuple[Any, ...]) -> list[tuple[Any, int, Any]]:
+        """(place, part, what is to be stored)."""
+        shape = self.shape
+        if not shape.joined:
+            found = (swiglu(*totals, shape.interpret),) if shape.gated else totals
+            return [(places[0], part, out) for part, out in enumerate(found)]
+        if shape.gated:
+            totals = tuple(swiglu(*_halves(total, shape.interpret), shape.interpret) for total in totals)
+        return [(place, 0, out) for place, out in zip(places, totals, strict=True)]
 
-    def _products(self, item: Mine) -> tuple[Any, ...]:
-        """[ROWS, SCALED] float32 for each part; every 128 terms are summed by themselves and scaled."""
-        shape, stages = self.shape, jnp.int32(self.shape.stages)
-        size, in_stage = (ROWS, SCALED), self.shape.depth // SCALED
-        by_row_g, by_block_g = self.scales
+    def _products(self, item: Item, places: list[Any], alike: Any, number: int) -> tuple[Any, ...]:
+        """[ROWS, SCALED] float32 of a pass, for each place or part; 128 terms are summed by themselves and scaled."""
+        shape, size = self.shape, (ROWS, SCALED)
+        sums = [(i, part) for i in range(len(places)) for part in range(1 if shape.joined else shape.parts)]
+        begin = item.step + number * shape.steps_of_pass
 
-        def by_blocks(k):
-            """Of 128 terms the weights' factor, of each part."""
-            columns = [lax.div(shape.column(item.tile, part), SCALED) for part in range(shape.parts)]
-            return [by_block_g[part][item.expert, column, k] for part, column in enumerate(columns)]
-
-        def product(slot, n, part):
-            terms = pl.ds(n * SCALED, SCALED)
-            rows = self.rows_s.at[slot, 0, pl.ds(self.own * ROWS, ROWS), terms]
-
+        def product(slot, place, part):
             def run(acc):
-                self._turn(_TAKE, item)
-                plgpu.wgmma(acc, rows, self.weights_s.at[slot, part, :, terms].T)
-                self._turn(_GIVE, item)
+                self._turn(_TAKE, alike)
+                rows = self.rows_s.at[slot, 0, pl.ds(place * ROWS, ROWS)]
+                plgpu.wgmma(acc, rows, self.weights_s.at[slot, part].T)
+                self._turn(_GIVE, alike)
                 return acc[...]
 
             return pl.run_scoped(run, accumulator(size, jnp.float32))
 
         def step(k, totals):
-            slot, totals = lax.rem(item.step + k, stages), list(totals)
+            slot, totals = lax.rem(begin + k, jnp.int32(shape.stages)), list(totals)
             plgpu.barrier_wait(self.full.at[slot])  # rows' scales may be as new as the rows
-            for n in range(in_stage):
-                # There when the first product is. Asked for a step before, they leave too few registers: in some shapes
-                # 60 of them went to memory and back in every step, and it took a third more.
-                number = k * in_stage + n
-                by_row, by_block = self.factors(by_row_g, ROWS, item.first, number, reduced=1), by_blocks(number)
-                for part in range(shape.parts):
-                    found: Any = product(slot, n, part)
-                    if n == in_stage - 1 and part == shape.parts - 1:
-                        plgpu.barrier_arrive(self.free.at[slot])
-                    totals[part] += found * lax.broadcast_in_dim(by_row * by_block[part], size, (0,))
+            # There when the first product is. Asked for a step before, they leave too few registers: in some shapes 60
+            # of them went to memory and back in every step, and it took a third more.
+            by_row = [self.factors(self.scales[0], ROWS, item.first + place * ROWS, k, reduced=1) for place in places]
+            by_block = self._by_blocks(item, number, k)
+            for n, (i, part) in enumerate(sums):
+                found: Any = product(slot, places[i], part)
+                if n == len(sums) - 1:
+                    plgpu.barrier_arrive(self.free.at[slot])
+                totals[n] += found * self._factors(by_row[i], by_block, part)
             return tuple(totals)
 
         none = plgpu.layout_cast(jnp.zeros(size, jnp.float32), LAYOUT)
-        return lax.fori_loop(0, shape.steps, step, (none,) * shape.parts)
+        return lax.fori_loop(0, shape.steps_of_pass, step, (none,) * len(sums))
+
+    def _by_blocks(self, item: Item, number: int, k: Any) -> list[Any]:
+        """Of 128 terms the weights' factor of each part."""
+        parts = range(1 if self.shape.joined and not self.shape.gated else self.shape.parts)
+        columns = [lax.div(self.shape.column(item.tile, part, number), SCALED) for part in parts]
+        return [self.scales[1][part][item.expert, column, k] for part, column in enumerate(columns)]
+
+    def _factors(self, by_row: Any, by_block: list[Any], part: int) -> Any:
+        """Of a product; joined parts of gate and up have each their own."""
+        if self.shape.joined and self.shape.gated:
+            return _side_by_side(by_row * by_block[0], by_row * by_block[1], self.shape.interpret)
+        return lax.broadcast_in_dim(by_row * by_block[part], (ROWS, SCALED), (0,))
 
     def open(self) -> None:
         """Before the first item: the first consumer's turn comes from the second."""
-        if self.turns:
+        if not self.shape.interpret:
             simt.program(_turn_program(_GIVE), words=(self.own, (self.own == 1).astype(jnp.int32)))
 
-    @property
-    def turns(self) -> bool:
-        return not self.shape.interpret and self.shape.blocks.consumers == 2
-
-    def _turn(self, what: str, item: Mine) -> None:
+    def _turn(self, what: str, alike: Any) -> None:
         """Products are asked for in turn, so that one consumer's stand in the tensor cores while the other scales its.
 
-        Not where the block's rows end with the first consumer's.
+        Not where one has more of them.
         """
-        if self.turns:
-            simt.program(_turn_program(what), words=(self.own, item.both))
+        if not self.shape.interpret:
+            simt.program(_turn_program(what), words=(self.own, alike))
 
     def _store(self, tile: Any, item: Item, column: Any) -> None:
         """The tile to the rows that are meant, and columns from `column` on."""
@@ -157,12 +161,52 @@ class RowMultiplier(Consumer):
             store_rows(tile, self.out_g, shape.out_transforms, SCALED, *scalars)
 
 
+def _rows_of(item: Item, place: Any) -> Item:
+    """The item with the 64 rows of its block at this place."""
+    start = place * ROWS
+    low, high = (jnp.clip(n - start, 0, ROWS) for n in (item.skipped, item.skipped + item.meant))
+    return dataclasses.replace(item, first=item.first + start, skipped=low, meant=high - low)
+
+
+def _halves(x: Any, interpret: bool) -> tuple[Any, Any]:
+    """The first and the last HALF of SCALED columns; no instruction: a thread has some of each in its registers."""
+    if interpret:
+        return x[:, :HALF], x[:, HALF:]
+    half = plgpu.ShapeDtypeStruct((ROWS, HALF), jnp.float32, layout=LAYOUT)
+
+    @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=(half, half))
+    def inlined(_ctx, x):
+        return tuple(_array(registers, x.layout) for registers in np.split(x.registers, 2, axis=1))
+
+    return inlined(x)  # pyright: ignore[reportReturnType]
+
+
+def _side_by_side(left: Any, right: Any, interpret: bool) -> Any:
+    """[ROWS, SCALED], `left` by row in the first HALF of the columns and `right` in the others."""
+    if interpret:
+        return jnp.concatenate([lax.broadcast_in_dim(x, (ROWS, HALF), (0,)) for x in (left, right)], axis=1)
+    by_row: Any = LAYOUT.reduce(1)
+    whole = plgpu.ShapeDtypeStruct((ROWS, SCALED), jnp.float32, layout=LAYOUT)
+
+    @plgpu.inline_mgpu(arg_types=(by_row, by_row), return_type=whole)
+    def inlined(_ctx, *factors):
+        layout = LAYOUT.to_mgpu()
+        parts = [factor.broadcast_in_dim((ROWS, HALF), (0,), layout).registers for factor in factors]
+        return _array(np.concatenate(parts, axis=1), layout)
+
+    return inlined(left, right)  # pyright: ignore[reportCallIssue]
+
+
+def _array(registers: Any, layout: Any) -> Any:
+    return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
 def _turn_program(what: str):
     """`program(own, whether)`: waits for the consumer's turn, or gives it to the other one."""
 
     def program(own: simt.Word, whether: simt.Word) -> None:
         of = own if what == _TAKE else simt.word(1) - own
-        text = f"{{ .reg .pred p; setp.ne.s32 p, $1, 0; @p {what} $0, {2 * simt.BLOCK_THREADS}; }}"
+        text = f"{{ .reg .pred p; setp.ne.s32 p, $1, 0; @p {what} $0, {_CONSUMERS * simt.BLOCK_THREADS}; }}"
         simt_marks.run(text, [(of + _FIRST_BARRIER).value, whether.value], "r,r")
 
     return program
