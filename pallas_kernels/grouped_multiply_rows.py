@@ -9,6 +9,7 @@ the rows twice as often and the weights half as often: for experts whose rows do
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -65,15 +66,21 @@ class RowMultiplier(Consumer):
     def _multiply(self, item: Item, places: list[Any], alike: Any) -> None:
         """places: which 64 rows of the block; alike: whether the other consumer has as many."""
         shape, width = self.shape, SCALED // self.shape.passes
-        for number in range(shape.passes):
+
+        def make(number, _=None):
             totals = self._products(item, places, alike, number)
             for place, part, out in self._results(places, totals):
                 tile = self.out_s.at[place]
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 tile.at[:, pl.ds(number * width, width)][...] = out.astype(shape.out_dtype)
                 plgpu.commit_smem()
-                if number == shape.passes - 1:
-                    self._store(tile, _rows_of(item, place), shape.column(item.tile, part))
+                store = functools.partial(self._store, tile, _rows_of(item, place), shape.column(item.tile, part))
+                pl.when(number == shape.passes - 1)(store)
+
+        if shape.passes > 1:
+            lax.fori_loop(0, shape.passes, make, None)
+        else:
+            make(0)
 
     def _results(self, places: list[Any], totals: tuple[Any, ...]) -> list[tuple[Any, int, Any]]:
         """(place, part, what is to be stored)."""
@@ -85,7 +92,7 @@ class RowMultiplier(Consumer):
             totals = tuple(swiglu(*_halves(total, shape.interpret), shape.interpret) for total in totals)
         return [(place, 0, out) for place, out in zip(places, totals, strict=True)]
 
-    def _products(self, item: Item, places: list[Any], alike: Any, number: int) -> tuple[Any, ...]:
+    def _products(self, item: Item, places: list[Any], alike: Any, number: Any) -> tuple[Any, ...]:
         """[ROWS, SCALED] float32 of a pass, for each place or part; 128 terms are summed by themselves and scaled."""
         shape, size = self.shape, (ROWS, SCALED)
         sums = [(i, part) for i in range(len(places)) for part in range(1 if shape.joined else shape.parts)]
@@ -104,21 +111,22 @@ class RowMultiplier(Consumer):
         def step(k, totals):
             slot, totals = lax.rem(begin + k, jnp.int32(shape.stages)), list(totals)
             plgpu.barrier_wait(self.full.at[slot])  # rows' scales may be as new as the rows
-            # There when the first product is. Asked for a step before, they leave too few registers: in some shapes 60
-            # of them went to memory and back in every step, and it took a third more.
-            by_row = [self.factors(self.scales[0], ROWS, item.first + place * ROWS, k, reduced=1) for place in places]
-            by_block = self._by_blocks(item, number, k)
+            by_row, by_block = None, self._by_blocks(item, number, k)
             for n, (i, part) in enumerate(sums):
+                # There when the product is. Asked for a step before, they leave too few registers: in some shapes 60 of
+                # them went to memory and back in every step, and it took a third more.
+                if part == 0:
+                    by_row = self.factors(self.scales[0], ROWS, item.first + places[i] * ROWS, k, reduced=1)
                 found: Any = product(slot, places[i], part)
                 if n == len(sums) - 1:
                     plgpu.barrier_arrive(self.free.at[slot])
-                totals[n] += found * self._factors(by_row[i], by_block, part)
+                totals[n] += found * self._factors(by_row, by_block, part)
             return tuple(totals)
 
         none = plgpu.layout_cast(jnp.zeros(size, jnp.float32), LAYOUT)
         return lax.fori_loop(0, shape.steps_of_pass, step, (none,) * len(sums))
 
-    def _by_blocks(self, item: Item, number: int, k: Any) -> list[Any]:
+    def _by_blocks(self, item: Item, number: Any, k: Any) -> list[Any]:
         """Of 128 terms the weights' factor of each part."""
         parts = range(1 if self.shape.joined and not self.shape.gated else self.shape.parts)
         columns = [lax.div(self.shape.column(item.tile, part, number), SCALED) for part in parts]
