@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
-from jmoe.pallas_kernels import simt
+from jmoe.pallas_kernels import simt, wgmma_ahead
 from jmoe.pallas_kernels.grouped_items import Item
 from jmoe.pallas_kernels.grouped_matmul import SCALED
 from jmoe.pallas_kernels.grouped_matmul_threads import load_by_row, store_rows
@@ -108,6 +108,8 @@ class Multiplier(Consumer):
             def step(k, _):
                 slot = lax.rem(item.step + k, stages)
                 plgpu.barrier_wait(self.full.at[slot])
+                if not self.shape.interpret:
+                    wgmma_ahead.fence()
                 for (part, half), acc in zip(self.shape.sums, accs, strict=True):
                     for of_weights, of_rows in self._parts(part):
                         weights = self.weights_s.at[slot, of_weights, :, self._columns(half)].T

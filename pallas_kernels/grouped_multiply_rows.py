@@ -20,12 +20,12 @@ from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels import expert_products_share as sharing
-from jmoe.pallas_kernels import simt, simt_marks
+from jmoe.pallas_kernels import simt, simt_marks, wgmma_ahead
 from jmoe.pallas_kernels.grouped_items import Item
 from jmoe.pallas_kernels.grouped_matmul import SCALED
 from jmoe.pallas_kernels.grouped_matmul_threads import store_rows
 from jmoe.pallas_kernels.grouped_multiply import LAYOUT, Consumer, accumulator, swiglu
-from jmoe.pallas_kernels.grouped_product import HALF, ROWS
+from jmoe.pallas_kernels.grouped_product import HALF, ROWS, transforms
 
 # A turn is a barrier of both consumers, one of which waits; Mosaic's own barriers have the numbers up to 4.
 _TAKE, _GIVE = "bar.sync", "bar.arrive"
@@ -68,7 +68,8 @@ class RowMultiplier(Consumer):
         shape, width = self.shape, SCALED // self.shape.passes
 
         def make(number, _=None):
-            totals = self._products(item, places, alike, number)
+            joined = shape.joined and len(places) == 1 and not shape.interpret
+            totals = self._joined_products(item, number) if joined else self._products(item, places, alike, number)
             for place, part, out in self._results(places, totals):
                 tile = self.out_s.at[place]
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -125,6 +126,38 @@ class RowMultiplier(Consumer):
 
         none = plgpu.layout_cast(jnp.zeros(size, jnp.float32), LAYOUT)
         return lax.fori_loop(0, shape.steps_of_pass, step, (none,) * len(sums))
+
+    def _joined_products(self, item: Item, number: Any) -> tuple[Any, ...]:
+        """The same for joined parts: a step's product is in the tensor cores while the one before it is scaled."""
+        shape, size = self.shape, (ROWS, SCALED)
+        at_once = max(n for n in (1, 2, 3, 4) if shape.steps_of_pass % n == 0)
+        begin = item.step + number * shape.steps_of_pass
+
+        def ask(step):
+            """A step's product, on its way, and what it takes to add it."""
+            slot = lax.rem(begin + step, jnp.int32(shape.stages))
+            plgpu.barrier_wait(self.full.at[slot])  # rows' scales may be as new as the rows
+            by_row = self.factors(self.scales[0], ROWS, item.first + self.own * ROWS, step, reduced=1)
+            factors = self._factors(by_row, self._by_blocks(item, number, step), 0)
+            rows = self.rows_s.at[slot, 0, pl.ds(self.own * ROWS, ROWS)]
+            return slot, wgmma_ahead.ask(rows, self.weights_s.at[slot, 0], transforms(shape.in_dtype)), factors
+
+        def add(total, asked, pending):
+            slot, found, factors = asked
+            plgpu.wgmma_wait(pending)
+            found = wgmma_ahead.settled(found)
+            plgpu.barrier_arrive(self.free.at[slot])
+            return total + found * factors
+
+        def steps(k, total):
+            before = ask(k * at_once)
+            for n in range(1, at_once):
+                now = ask(k * at_once + n)
+                total, before = add(total, before, 1), now
+            return add(total, before, 0)
+
+        none = plgpu.layout_cast(jnp.zeros(size, jnp.float32), LAYOUT)
+        return (lax.fori_loop(0, shape.steps_of_pass // at_once, steps, none),)
 
     def _by_blocks(self, item: Item, number: Any, k: Any) -> list[Any]:
         """Of 128 terms the weights' factor of each part."""

@@ -19,7 +19,7 @@ BF16 = [ExpertBlocks(8, 64, 64, None, 1, False), ExpertBlocks(16, 128, 64, None,
 FLOAT8 = [
     ExpertBlocks(8, 128, 128, None, 1), ExpertBlocks(16, 256, 128, None, 2, False), ExpertBlocks(48, 128, 128, None, 2),
     ExpertBlocks(128, 128, 128, None, 2, False, True), ExpertBlocks(192, 64, 128, None, 2, False, True),
-    ExpertBlocks(256, 64, 128, None, 2, False, True),
+    ExpertBlocks(256, 64, 128, None, 2, False, True), ExpertBlocks(128, 64, 128, None, 2, False, True),
 ]  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def error(got, want, heard):
 
 @pytest.mark.aot
 @interpreted
-@pytest.mark.parametrize(("small", "blocks"), [(False, b) for b in BF16] + [(True, FLOAT8[n]) for n in (0, 3, 4, 5)])
+@pytest.mark.parametrize(("small", "blocks"), [(False, b) for b in BF16] + [(True, FLOAT8[n]) for n in (0, 3, 4, 5, 6)])
 def test_interpreted(small, blocks):
     from jax._src.pallas.mosaic_gpu.interpret import params
 
