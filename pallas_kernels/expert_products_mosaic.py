@@ -80,7 +80,7 @@ def shape_of(rows: Any, gate: Any, blocks: ExpertBlocks, num_sms: int, interpret
     small = rows.dtype.itemsize == 1
     (num_experts, *_), (num_rows, hidden) = gate.shape, rows.shape
     width = gate.shape[1] if small else gate.shape[2]
-    of_kind = blocks.rows_first or blocks.block_out % SCALED == 0 if small else not blocks.rows_first
+    of_kind = blocks.block_out % SCALED == 0 if small else not blocks.rows_first
     fits = of_kind and fits_experts(blocks, num_rows, hidden, width)
     if not fits or num_rows % UNIT:
         raise ValueError(
@@ -116,7 +116,6 @@ def _kernel(shape: Shape):
             *scratch(gated),
             plgpu.SMEM((shape.queue,), jnp.int32),
             plgpu.Barrier(num_barriers=shape.queue),
-            plgpu.Barrier(num_arrivals=b.consumers),
         ],
     )
 
@@ -128,8 +127,8 @@ def _body(shape: Shape):
 
     def body(
         rows_g, gate_g, up_g, down_g, sizes_g, starts_g, rows_scales_g, gate_scales_g, up_scales_g, down_scales_g,
-        hidden_g, hidden_scales_g, out_g, counters_g, weights_s, rows_s, out_s, words_s, full, free, queue_s, queued,
-        met,
+        hidden_g, hidden_scales_g, out_g, counters_g, weights_s, rows_s, out_s, words_s, full, free, met, queue_s,
+        queued,
     ):  # fmt: skip
         block, role = lax.axis_index("sm"), lax.axis_index("wg")
         groups = Groups(gated.num_experts, b.block_rows, gated.rows, sizes_g, starts_g, words_s.at[role])
@@ -185,9 +184,9 @@ def _body(shape: Shape):
 
             simt.program(sharing.meet_program, counters_g)
             given = {"own": role - 1, "weights_s": weights_s, "rows_s": rows_s, "out_s": out_s, "full": full,
-                     "free": free}  # fmt: skip
+                     "free": free, "met": met}  # fmt: skip
             scales = rows_scales_g, gate_scales_g, up_scales_g, down_scales_g
-            first, second = _multipliers(shape, given, scales, (hidden_g, hidden_scales_g), out_g, met)
+            first, second = _multipliers(shape, given, scales, (hidden_g, hidden_scales_g), out_g)
 
             def multiply_gated(item: Item):
                 """And says that the item's rows are there."""
@@ -208,7 +207,7 @@ def _body(shape: Shape):
     return body
 
 
-def _multipliers(shape: Shape, given: dict[str, Any], scales, hidden, out_g, met) -> tuple[Any, Any]:
+def _multipliers(shape: Shape, given: dict[str, Any], scales, hidden, out_g) -> tuple[Any, Any]:
     """What a consumer does with an item of the gated and of the down product.
 
     scales: of rows, gate, up, down; hidden: the rows between the products and their scales.
@@ -220,7 +219,7 @@ def _multipliers(shape: Shape, given: dict[str, Any], scales, hidden, out_g, met
         return RowMultiplier(**first, out_scales_g=hidden_scales_g), RowMultiplier(**second)
     down = Multiplier(**second)
     if shape.gated.small:
-        return ScaledMultiplier(**first, hidden_scales_g=hidden_scales_g, met=met), down
+        return ScaledMultiplier(**first, hidden_scales_g=hidden_scales_g), down
     return Multiplier(**first), down
 
 
@@ -230,11 +229,9 @@ class ScaledMultiplier(Multiplier):
 
     Attributes:
       hidden_scales_g: of the results' rows.
-      met: a barrier of the consumers.
     """
 
     hidden_scales_g: Any = None
-    met: Any = None
 
     def visit(self, item: Item) -> None:
         """Tiles of 64 columns, rounded to float8 with a scale for the 128 columns of two and a row."""
@@ -243,7 +240,7 @@ class ScaledMultiplier(Multiplier):
             tile = self.out_s.at[self.own * self.halves + half]
             tile.T[...] = plgpu.layout_cast(out.astype(shape.out_dtype), TURNED)
         plgpu.commit_smem()
-        self._meet()
+        self.meet()
         for pair in range(shape.blocks.block_out // SCALED):
             tiles = self.out_s.at[pl.ds(pair * (SCALED // HALF), SCALED // HALF)]
             column = shape.column(item.tile, 0) + pair * SCALED
@@ -251,10 +248,4 @@ class ScaledMultiplier(Multiplier):
             sharing.store_float8(
                 tiles, self.out_g, self.hidden_scales_g, shape.out_transforms, shape.blocks.consumers, *scalars
             )
-        self._meet()  # the tiles may be written again
-
-    def _meet(self) -> None:
-        """All consumers are here."""
-        if self.shape.blocks.consumers > 1:
-            plgpu.barrier_arrive(self.met)
-            plgpu.barrier_wait(self.met)
+        self.meet()  # the tiles may be written again

@@ -74,9 +74,7 @@ def _expert_choices(rows: int, small: bool) -> list[ExpertBlocks]:
 def fits_experts(blocks: ExpertBlocks, num_rows: int, hidden: int, width: int) -> bool:
     """Whether the blocks divide these sizes."""
     columns, depth = (1, 2) if blocks.terms else (2, 1)
-    tall = blocks.block_out == 64 and blocks.block_rows in (128, 192, 256)
-    whole = (blocks.block_rows == 128 and blocks.block_out == SCALED) or tall
-    whole = whole and blocks.consumers == 2 and blocks.block_in == SCALED and not blocks.terms and width % SCALED == 0
+    whole = blocks.block_rows == 64 * blocks.consumers and blocks.block_out == SCALED and not blocks.terms
     return (
         (whole or not blocks.rows_first)
         and blocks.block_rows <= -(-num_rows // UNIT) * UNIT

@@ -48,25 +48,22 @@ class Loader:
 
     def weights(self, item: Item, k: Any, slot: Any) -> None:
         shape, b = self.shape, self.shape.blocks
-        number, step = self._pass(k)
         for part, source in enumerate(self.sources):
-            columns = pl.ds(shape.column(item.tile, part, number), b.block_out)
-            terms = pl.ds(shape.term(step, part), b.block_in)
+            columns = pl.ds(shape.column(item.tile, part), b.block_out)
+            terms = pl.ds(shape.term(k, part), b.block_in)
             cells = (item.expert, columns, terms) if shape.small else (item.expert, terms, columns)
-            place = (slot, 0, pl.ds(part * b.block_out, b.block_out)) if shape.joined else (slot, part)
-            plgpu.copy_gmem_to_smem(source.at[cells], self.weights_s.at[place], self.full.at[slot])
+            plgpu.copy_gmem_to_smem(source.at[cells], self.weights_s.at[slot, part], self.full.at[slot])
 
     def rows(self, item: Item, k: Any, slot: Any) -> None:
         shape, b, full = self.shape, self.shape.blocks, self.full.at[slot]
-        _, step = self._pass(k)
         share = b.block_rows // shape.row_copies
         for part in range(shape.row_parts):
             for n in range(shape.row_copies):
 
                 def copy(part=part, n=n):
-                    cells = pl.ds(item.first + n * share, share), pl.ds(shape.term(step, part), b.block_in)
-                    place = slot, part, pl.ds(n * share, share)
-                    plgpu.copy_gmem_to_smem(self.rows_g.at[cells], self.rows_s.at[place], full)
+                    cells = pl.ds(item.first + n * share, share), pl.ds(shape.term(k, part), b.block_in)
+                    place = pl.ds(n * share, share)
+                    plgpu.copy_gmem_to_smem(self.rows_g.at[cells], self.rows_s.at[slot, part, place], full)
 
                 if part * b.block_in >= shape.depth:
                     plgpu.barrier_arrive(full)  # for rows that the stage has room for and the product has not
@@ -75,14 +72,7 @@ class Loader:
                 else:
                     needed = item.skipped + item.meant > n * share
                     pl.when(needed)(copy)
-                    pl.when(jnp.logical_not(needed))(lambda: plgpu.barrier_arrive(full))
-
-    def _pass(self, k: Any) -> tuple[Any, Any]:
-        """(number of the pass, its step) of an item's step."""
-        if self.shape.passes == 1:
-            return 0, k
-        steps = jnp.int32(self.shape.steps_of_pass)
-        return lax.div(k, steps), lax.rem(k, steps)
+                    pl.when(~needed)(lambda: plgpu.barrier_arrive(full))
 
     def drain(self, num_steps: Any) -> None:
         """Nobody leaves while another may still arrive."""

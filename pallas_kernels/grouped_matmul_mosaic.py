@@ -100,7 +100,7 @@ def _body(shape: Product):
 
     def body(
         rows_g, gate_g, up_g, sizes_g, starts_g, row_weights_g, rows_scales_g, gate_scales_g, up_scales_g, out_g,
-        weights_s, rows_s, out_s, words_s, full, free,
+        weights_s, rows_s, out_s, words_s, full, free, met,
     ):  # fmt: skip
         block, role = lax.axis_index("sm"), lax.axis_index("wg")
         words = None if shape.interpret else words_s.at[role]
@@ -150,7 +150,7 @@ def _body(shape: Product):
             groups.line_up()
             scales = (rows_scales_g, (gate_scales_g, up_scales_g)[: shape.parts])
             given: Any = {"shape": shape, "own": role - 1, "weights_s": weights_s, "rows_s": rows_s, "out_s": out_s,
-                          "full": full, "free": free, "scales": scales, "out_g": out_g}  # fmt: skip
+                          "full": full, "free": free, "met": met, "scales": scales, "out_g": out_g}  # fmt: skip
             rows_first = shape.rows_first
             multiplier = RowMultiplier(**given) if rows_first else Multiplier(**given, row_weights_g=row_weights_g)
             walk(multiplier.visit)

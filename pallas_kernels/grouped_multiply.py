@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
-from jmoe.pallas_kernels import simt, wgmma_ahead
+from jmoe.pallas_kernels import simt, simt_marks
 from jmoe.pallas_kernels.grouped_items import Item
 from jmoe.pallas_kernels.grouped_matmul import SCALED
 from jmoe.pallas_kernels.grouped_matmul_threads import load_by_row, store_rows
@@ -33,6 +33,7 @@ class Consumer:
       own: number of this consumer.
       weights_s, rows_s, full, free: the stages of the pipeline.
       out_s: tiles of results, `Product.out_tiles`.
+      met: a barrier of all consumers.
       scales: (rows' scales, of each part the weights' scales), in global memory.
       out_g: in global memory.
     """
@@ -44,6 +45,7 @@ class Consumer:
     out_s: Any
     full: Any
     free: Any
+    met: Any
     scales: tuple[Any, tuple[Any, ...]]
     out_g: Any
 
@@ -55,6 +57,12 @@ class Consumer:
         cells = cells if len(source.shape) == 1 else cells.at[:, column]
         layout: Any = LAYOUT.reduce(reduced)
         return plgpu.load(cells, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue]
+
+    def meet(self) -> None:
+        """All consumers are here."""
+        if self.shape.blocks.consumers > 1:
+            plgpu.barrier_arrive(self.met)
+            plgpu.barrier_wait(self.met)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +116,7 @@ class Multiplier(Consumer):
             def step(k, _):
                 slot = lax.rem(item.step + k, stages)
                 plgpu.barrier_wait(self.full.at[slot])
-                if not self.shape.interpret:
-                    wgmma_ahead.fence()
+                self._fence()
                 for (part, half), acc in zip(self.shape.sums, accs, strict=True):
                     for of_weights, of_rows in self._parts(part):
                         weights = self.weights_s.at[slot, of_weights, :, self._columns(half)].T
@@ -128,6 +135,12 @@ class Multiplier(Consumer):
         found: Any = pl.run_scoped(sums, *[kind] * len(self.shape.sums))
         plgpu.barrier_arrive(self.free.at[lax.rem(item.step + steps - 1, stages)])
         return found
+
+    def _fence(self) -> None:
+        """Before sums go on: ptxas would put one in, and in the loop over items, where threads may part as it sees it,
+        run all wgmma one after the other because of it (its note C7519)."""
+        if not self.shape.interpret:
+            simt.program(lambda: simt_marks.run("wgmma.fence.sync.aligned;", [], ""))
 
     def _factors(self, source: Any, first: Any, column: Any = 0) -> Any:
         return self.factors(source, self.shape.blocks.block_rows, first, column, reduced=0)

@@ -43,22 +43,9 @@ class Product:
         return isinstance(self.blocks, ExpertBlocks) and self.blocks.rows_first
 
     @property
-    def joined(self) -> bool:
-        """Whether a stage's parts, of 64 columns each, stand side by side as the 128 columns of one product.
-
-        Then a block has room for more rows: those of two products a consumer with as many sums in its registers.
-        """
-        return self.rows_first and self.blocks.block_out == HALF
-
-    @property
-    def passes(self) -> int:
-        """How often an item goes over all terms: results are rounded to float8 by 128 columns, a pass may give 64."""
-        return SCALED // HALF if self.joined and self.gated else 1
-
-    @property
     def row_copies(self) -> int:
-        """Of one part of a stage's rows: where rows stand first, ROWS each, so that a short block needs fewer."""
-        return self.blocks.block_rows // ROWS if self.rows_first else 1
+        """Of one part of a stage's rows: where rows stand first, one a consumer, of which a short block needs one."""
+        return self.blocks.consumers if self.rows_first else 1
 
     @property
     def share(self) -> int:
@@ -73,16 +60,12 @@ class Product:
     @property
     def steps(self) -> int:
         """Of an item."""
-        return self.passes * self.steps_of_pass
-
-    @property
-    def steps_of_pass(self) -> int:
         return self.num_in // self.depth
 
     @property
     def tiles(self) -> int:
         """Items side by side."""
-        return self.num_out // (self.blocks.block_out * (self.parts if self.split == "columns" else self.passes))
+        return self.num_out // (self.blocks.block_out * (self.parts if self.split == "columns" else 1))
 
     @property
     def sums(self) -> list[tuple[int, int]]:
@@ -90,13 +73,12 @@ class Product:
         parts = 1 if self.split == "terms" else self.parts
         return [(part, half) for part in range(parts) for half in range(self.share // HALF)]
 
-    def column(self, tile: Any, part: int, number: Any = 0) -> Any:
-        """The first column of an item's part in the pass of this number, in the weights."""
-        block = tile * self.parts + part if self.split == "columns" else tile * self.passes + number
-        return block * self.blocks.block_out
+    def column(self, tile: Any, part: int) -> Any:
+        """The first column of an item's part, in the weights."""
+        return (tile * self.parts + part if self.split == "columns" else tile) * self.blocks.block_out
 
     def term(self, step: Any, part: int) -> Any:
-        """The first term of the part of a pass's step, in the weights."""
+        """The first term of a step's part, in the weights."""
         return step * self.depth + (part * self.blocks.block_in if self.split == "terms" else 0)
 
     @property
@@ -111,9 +93,9 @@ class Product:
 
     @property
     def out_tiles(self) -> tuple[int, ...]:
-        """Of results in shared memory: one a consumer or ROWS, or all, where float8 needs 128 columns for a scale."""
+        """Of results in shared memory: one a consumer, or all, where float8 needs 128 columns for a scale."""
         if self.rows_first:
-            return self.row_copies, ROWS, SCALED
+            return self.blocks.consumers, ROWS, SCALED
         tiles = self.blocks.block_out // HALF if self.to_float8 else self.blocks.consumers
         return tiles, self.blocks.block_rows, HALF
 
@@ -154,7 +136,7 @@ def check_blocks(shape: Product) -> None:
         b.block_rows % 8 == 0
         and 8 <= b.block_rows <= min(256, shape.rows)
         and shape.num_out % b.block_out == 0
-        and b.block_out % (HALF if shape.rows_first else HALF * b.consumers) == 0
+        and b.block_out % (64 * b.consumers) == 0
         and shape.num_in % b.block_in == 0
         and b.block_in % (SCALED if shape.small else 64) == 0
     )
@@ -167,18 +149,18 @@ def check_blocks(shape: Product) -> None:
 
 
 def scratch(shape: Product) -> list[Any]:
-    """Shared memory: stages of weights and rows, tiles of results, words, full and free."""
+    """Shared memory: stages of weights and rows, tiles of results, words, full, free, and where consumers meet."""
     b, stages = shape.blocks, shape.stages
     tiled = transforms(shape.in_dtype)
     tile = (b.block_out, b.block_in) if shape.small else (b.block_in, b.block_out)
-    weights = (1, SCALED, b.block_in) if shape.joined else (shape.parts, *tile)
     return [
-        plgpu.SMEM((stages, *weights), shape.in_dtype, transforms=tiled),
+        plgpu.SMEM((stages, shape.parts, *tile), shape.in_dtype, transforms=tiled),
         plgpu.SMEM((stages, shape.row_parts, b.block_rows, b.block_in), shape.in_dtype, transforms=tiled),
         plgpu.SMEM(shape.out_tiles, shape.out_dtype, transforms=shape.out_transforms),
         plgpu.SMEM((1 + b.consumers, 3, shape.num_experts + 1), jnp.int32),
         plgpu.Barrier(num_arrivals=shape.row_parts * shape.row_copies + shape.parts, num_barriers=stages),
         plgpu.Barrier(num_arrivals=b.consumers, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=b.consumers),
     ]
 
 

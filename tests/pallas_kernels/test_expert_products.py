@@ -18,8 +18,7 @@ interpreted = pytest.mark.skipif(
 BF16 = [ExpertBlocks(8, 64, 64, None, 1, False), ExpertBlocks(16, 128, 64, None, 2), ExpertBlocks(8, 64, 64, 4, 1)]
 FLOAT8 = [
     ExpertBlocks(8, 128, 128, None, 1), ExpertBlocks(16, 256, 128, None, 2, False), ExpertBlocks(48, 128, 128, None, 2),
-    ExpertBlocks(128, 128, 128, None, 2, False, True), ExpertBlocks(192, 64, 128, None, 2, False, True),
-    ExpertBlocks(256, 64, 128, None, 2, False, True), ExpertBlocks(128, 64, 128, None, 2, False, True),
+    ExpertBlocks(128, 128, 128, None, 2, False, True),
 ]  # fmt: skip
 
 
@@ -29,7 +28,7 @@ def arrays(sizes, hidden, width, *, small=False, seed=0):
     sizes = np.asarray(sizes, np.int32)
     spans = -(-sizes // 8) * 8
     starts = (np.cumsum(spans) - spans).astype(np.int32)
-    rows = np.full((max(int(spans.sum()) + 16, 256), hidden), np.nan, np.float32)
+    rows = np.full((max(int(spans.sum()) + 16, 128), hidden), np.nan, np.float32)
     for start, size in zip(starts, sizes, strict=True):
         rows[start : start + size] = rng.normal(size=(size, hidden))
     shapes = ((len(sizes), hidden, width),) * 2 + ((len(sizes), width, hidden),)
@@ -75,13 +74,13 @@ def error(got, want, heard):
 
 @pytest.mark.aot
 @interpreted
-@pytest.mark.parametrize(("small", "blocks"), [(False, b) for b in BF16] + [(True, FLOAT8[n]) for n in (0, 3, 4, 5, 6)])
+@pytest.mark.parametrize(("small", "blocks"), [(False, b) for b in BF16] + [(True, FLOAT8[0]), (True, FLOAT8[3])])
 def test_interpreted(small, blocks):
     from jax._src.pallas.mosaic_gpu.interpret import params
 
     from jmoe.pallas_kernels.expert_products_mosaic import expert_products
 
-    made = arrays([3, 0, 60 + blocks.block_rows if blocks.rows_first else 17], 256, 256 if small else 128, small=small)
+    made = arrays([3, 0, 140 if blocks.rows_first else 17], 256, 256 if small else 128, small=small)
     with params.force_gpu_interpret_mode():
         got = expert_products(*made, blocks=blocks, num_sms=3, interpret=True)
     assert error(got, *truth(*made)) < (1e-2 if small else 5e-3)
