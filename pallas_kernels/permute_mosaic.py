@@ -19,6 +19,7 @@ from jmoe.pallas_kernels.permute_rows_mosaic import VECTOR_BYTES, Row, store
 from jmoe.pallas_kernels.simt import BLOCK_THREADS, WARP, Pointer, Word
 
 MAX_FUSED_PAIRS = 2048
+LOADS = 8  # of 16 bytes that a thread of unpermute has in flight: k rows of one vector, or more vectors of fewer rows
 WARPS = BLOCK_THREADS // WARP
 
 
@@ -50,7 +51,7 @@ def permute_pallas(
 def unpermute_pallas(
     rows: jax.Array, positions: jax.Array, topk_weights: jax.Array | None, older_positions: bool, out_dtype: Any
 ) -> jax.Array:
-    """`unpermute` in one kernel: a thread sums 16 bytes of k rows, all k loads in flight; see there."""
+    """`unpermute` in one kernel: a thread sums some vectors of 16 bytes of k rows, all loads in flight; see there."""
     num_rows, k = positions.shape
     width = rows.shape[1]
     lanes = VECTOR_BYTES // rows.dtype.itemsize
@@ -59,13 +60,15 @@ def unpermute_pallas(
             f"unpermute: 'pallas' expected 16- or 32-bit floats, rows of a multiple of {VECTOR_BYTES} bytes, got "
             f"{rows.dtype} and {width} columns"
         )
-    blocks = _ceil_div(width // lanes, BLOCK_THREADS)
+    chunks = _ceil_div(width // lanes, BLOCK_THREADS)
+    each = max(1, min(chunks, LOADS // k))
+    blocks = _ceil_div(chunks, each)
 
     def unpermute_rows(*refs):
         if not older_positions:
             simt.follow()
         weighted = topk_weights is not None
-        simt.program(_combine(k, width, lanes, blocks, rows.dtype, weighted, older_positions, out_dtype), *refs)
+        simt.program(_combine(k, width, lanes, each, blocks, rows.dtype, weighted, older_positions, out_dtype), *refs)
         if older_positions:
             simt.follow()
 
@@ -80,37 +83,45 @@ def unpermute_pallas(
 
 
 def _combine(
-    k: int, width: int, lanes: int, blocks: int, dtype: Any, weighted: bool, early: bool, out_dtype: Any
+    k: int, width: int, lanes: int, each: int, blocks: int, dtype: Any, weighted: bool, early: bool, out_dtype: Any
 ) -> Callable[..., None]:
-    """Block b sums chunk b % blocks of row b // blocks. early: positions are read before the rows are there."""
+    """Block b sums `each` chunks of row b // blocks, from chunk b % blocks * each on. early: positions are read before
+    the rows are there."""
+    vectors = width // lanes
 
     def program(rows: Pointer, positions: Pointer, *weights_and_out: Pointer):
         *weights, out = weights_and_out
         row = simt.block() // blocks
-        index = simt.thread() + simt.block() % blocks * BLOCK_THREADS
+        first = simt.thread() + simt.block() % blocks * (each * BLOCK_THREADS)
         places = [positions.load(row * k + j) for j in range(k)]
         if early:
             simt.follow_inside()
-        with simt.when(index < width // lanes):
-            shares = [floats.Float.load(weights[0], row * k + j) for j in range(k)] if weighted else []
-            terms = []
-            for place in places:
-                source = rows.skip((place < 0).select(0, place), width * jnp.dtype(dtype).itemsize)
-                terms.append(floats.Floats.of(source.load_vector(index, lanes, simt.element_type(dtype))))
+        shares = [floats.Float.load(weights[0], row * k + j) for j in range(k)] if weighted else []
+        sources = [rows.skip((place < 0).select(0, place), width * jnp.dtype(dtype).itemsize) for place in places]
+        indices = [first + n * BLOCK_THREADS for n in range(each)]
+        terms = []
+        for index in indices:
+            safe = (index < vectors).select(index, vectors - 1)
+            terms.append([source.load_vector(safe, lanes, simt.element_type(dtype)) for source in sources])
+        for index, loaded in zip(indices, terms, strict=True):
             total = floats.Floats.zeros(lanes)
-            for j, term in enumerate(terms):
+            for j, term in enumerate(map(floats.Floats.of, loaded)):
                 heard = places[j] >= 0
                 if weighted:
                     term, heard = term.times(shares[j]), heard & shares[j].is_not_zero()
                 total = total + term.where(heard)
-            target = out.skip(row, width * out_dtype.itemsize)
-            if out_dtype == jnp.bfloat16:
-                target.store_vector(index, total.to(simt.element_type(out_dtype)), 2 * lanes)
-                return
-            for i, four in enumerate(total.fours()):
-                target.store_vector(index * (lanes // 4) + i, four)
+            with simt.when(index < vectors):
+                _store_sums(out.skip(row, width * out_dtype.itemsize), total, index, lanes, out_dtype)
 
     return program
+
+
+def _store_sums(target: Pointer, total: floats.Floats, index: Word, lanes: int, out_dtype: Any) -> None:
+    if out_dtype == jnp.bfloat16:
+        target.store_vector(index, total.to(simt.element_type(out_dtype)), 2 * lanes)
+        return
+    for i, four in enumerate(total.fours()):
+        target.store_vector(index * (lanes // 4) + i, four)
 
 
 def _ceil_div(a: int, b: int) -> int:
