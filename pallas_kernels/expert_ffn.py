@@ -121,16 +121,23 @@ def pallas_ffn(
     scaled = isinstance(gate_proj, BlockScaled)
     permuted = permute(rows, local_idx, gate_proj.shape[0], align=ALIGN, float8=scaled, implementation="pallas")
     weights = gate_proj, up_proj, down_proj
-    out = _one_by_one(permuted, local_idx.size, *weights) if blocks is None else _at_once(permuted, *weights, blocks)
+    if blocks is None:
+        out = _one_by_one(permuted, local_idx.size, *weights)
+    else:
+        out = _at_once(permuted, local_idx.reshape(-1), *weights, blocks)
     back = {"older_positions": True, "out_dtype": out_dtype, "implementation": "pallas"}
     return unpermute(out, permuted.positions, topk_weights, **back)
 
 
-def _at_once(permuted: Permuted, gate_proj, up_proj, down_proj, blocks: ExpertBlocks) -> jax.Array:
+def _at_once(permuted: Permuted, choices, gate_proj, up_proj, down_proj, blocks: ExpertBlocks) -> jax.Array:
+    """Up to MAX_FUSED_PAIRS `permute` is one kernel, before which the choices were there; else the groups are older."""
     from jmoe.pallas_kernels.expert_products_mosaic import expert_products
+    from jmoe.pallas_kernels.permute_mosaic import MAX_FUSED_PAIRS
 
     groups = permuted.group_sizes, permuted.group_starts, permuted.scales
-    return expert_products(permuted.rows, gate_proj, up_proj, down_proj, *groups, blocks=blocks)
+    many = choices.size > MAX_FUSED_PAIRS
+    early = {"choices": None if many else choices, "older_groups": many}
+    return expert_products(permuted.rows, gate_proj, up_proj, down_proj, *groups, blocks=blocks, **early)
 
 
 def _one_by_one(permuted: Permuted, pairs: int, gate_proj, up_proj, down_proj) -> jax.Array:
