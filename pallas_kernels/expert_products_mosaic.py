@@ -8,7 +8,6 @@ taken in the order of the experts, so few ever wait: the first expert's are done
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -28,6 +27,8 @@ from jmoe.pallas_kernels.grouped_matmul_mosaic import kernel
 from jmoe.pallas_kernels.grouped_multiply import TURNED, Multiplier
 from jmoe.pallas_kernels.grouped_multiply_rows import RowMultiplier
 from jmoe.pallas_kernels.grouped_product import HALF, Product, both_products, check_blocks, scratch
+
+AHEAD = 2  # stages of a down item whose weights are asked for before its rows are known to be there
 
 
 def expert_products(
@@ -165,30 +166,31 @@ def _body(shape: Shape, early: bool, counts: bool):
             first = Loader(gated, rows_g, (gate_g, up_g), *stages)
             second = Loader(down, hidden_g, (down_g, down_g), *stages)
 
-            def load(loader, item: Item):
+            def load(item: Item):
                 """Asks which item is next; the answer delays the first item's loads if it is waited for before them."""
-                ahead = jnp.where(item.count == 0, min(gated.stages, loader.shape.steps), 0)
-                if early and loader is first:
-                    lax.fori_loop(0, ahead, lambda k, _: loader.weights(item, k, k), None)
-                    pl.when(item.count == 0)(simt.follow)
-                    lax.fori_loop(0, ahead, lambda k, _: loader.rows(item, k, k), None)
+                ahead = jnp.where(item.count == 0, min(gated.stages, gated.steps), 0)
+                if early:
+                    first.visit_weights_first(item, ahead, lambda: pl.when(item.count == 0)(simt.follow))
                 else:
-                    loader.visit(item, 0, ahead)
+                    first.visit(item, 0, ahead)
                 simt.program(ask, counters_g, queue_s, words=(item.count, place(item.count + 1)))
-                loader.visit(item, ahead)
+                first.visit(item, ahead)
 
             def load_down(item: Item):
+                """Its rows may not be there: weights of some stages are asked for first."""
                 if early:
                     pl.when(item.count == 0)(simt.follow)
-                wait_for(item)
-                load(second, item)
+                ahead = min(AHEAD, gated.stages - 1, down.steps)
+                second.visit_weights_first(item, ahead, lambda: wait_for(item))
+                simt.program(ask, counters_g, queue_s, words=(item.count, place(item.count + 1)))
+                second.visit(item, ahead)
 
             def advance(_, count):
                 simt.program(simt.barrier)
                 plgpu.barrier_arrive(queued.at[place(count + 1)])
                 return queue_s[place(count + 1)]
 
-            num_steps = walk(advance, functools.partial(load, first), load_down)
+            num_steps = walk(advance, load, load_down)
             if early:
                 simt.follow()  # a block without items, too, ends after the kernel before
             second.drain(num_steps)
