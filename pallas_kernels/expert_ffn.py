@@ -108,7 +108,7 @@ def _fits_pallas(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj) -
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _pallas(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj, out_dtype=jnp.float32):
-    """permute, the products, unpermute, each a Mosaic GPU kernel (permute: three above 2,048 pairs)."""
+    """permute, the products, unpermute, each a Mosaic GPU kernel (permute: three above MAX_FUSED_PAIRS pairs)."""
     values = gate_proj.values if isinstance(gate_proj, BlockScaled) else gate_proj
     blocks = expert_blocks(values.dtype, local_idx.size, *_shape(gate_proj))
     return pallas_ffn(rows, local_idx, topk_weights, gate_proj, up_proj, down_proj, blocks, out_dtype)
@@ -121,23 +121,16 @@ def pallas_ffn(
     scaled = isinstance(gate_proj, BlockScaled)
     permuted = permute(rows, local_idx, gate_proj.shape[0], align=ALIGN, float8=scaled, implementation="pallas")
     weights = gate_proj, up_proj, down_proj
-    if blocks is None:
-        out = _one_by_one(permuted, local_idx.size, *weights)
-    else:
-        out = _at_once(permuted, local_idx.reshape(-1), *weights, blocks)
+    out = _one_by_one(permuted, local_idx.size, *weights) if blocks is None else _at_once(permuted, *weights, blocks)
     back = {"older_positions": True, "out_dtype": out_dtype, "implementation": "pallas"}
     return unpermute(out, permuted.positions, topk_weights, **back)
 
 
-def _at_once(permuted: Permuted, choices, gate_proj, up_proj, down_proj, blocks: ExpertBlocks) -> jax.Array:
-    """Up to MAX_FUSED_PAIRS `permute` is one kernel, before which the choices were there; else the groups are older."""
+def _at_once(permuted: Permuted, gate_proj, up_proj, down_proj, blocks: ExpertBlocks) -> jax.Array:
     from jmoe.pallas_kernels.expert_products_mosaic import expert_products
-    from jmoe.pallas_kernels.permute_mosaic import MAX_FUSED_PAIRS
 
     groups = permuted.group_sizes, permuted.group_starts, permuted.scales
-    many = choices.size > MAX_FUSED_PAIRS
-    early = {"choices": None if many else choices, "older_groups": many}
-    return expert_products(permuted.rows, gate_proj, up_proj, down_proj, *groups, blocks=blocks, **early)
+    return expert_products(permuted.rows, gate_proj, up_proj, down_proj, *groups, blocks=blocks)
 
 
 def _one_by_one(permuted: Permuted, pairs: int, gate_proj, up_proj, down_proj) -> jax.Array:

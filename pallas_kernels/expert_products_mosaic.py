@@ -32,8 +32,8 @@ AHEAD = 2  # stages of a down item whose weights are asked for before its rows a
 
 
 def expert_products(
-    rows, gate_proj, up_proj, down_proj, group_sizes, group_starts, rows_scales=None, *, blocks, choices=None,
-    older_groups=False, num_sms=None, interpret=False,
+    rows, gate_proj, up_proj, down_proj, group_sizes, group_starts, rows_scales=None, *, blocks, num_sms=None,
+    interpret=False,
 ):  # fmt: skip
     """down[e](silu(x gate[e]) * (x up[e])) for the rows of each group, `group_starts[e]` on; see `grouped_matmul`.
 
@@ -43,10 +43,6 @@ def expert_products(
       group_sizes, group_starts: `[E]` int32.
       rows_scales: `[rows, D / 128]` float32 or None.
       blocks: how the work is cut; with float8 block_out is a multiple of 128.
-      choices: `[pairs]` int32, the expert of each pair or -1, of which `permute` made the groups, from multiples of 8
-        on; or None. With them, what makes the rows waits for what made the choices: they are counted, and weights asked
-        for, before the rows are there. A thread holds pairs / 128 of them: for a few thousand pairs.
-      older_groups: what makes the rows waits for what made the groups: the same, without counting.
       num_sms: thread blocks; all of them must be able to run at once: the first num_sms items are bound to them, and
         who waits for one that can't begin fails after seconds. None for the SMs of the GPU at hand, 132 without one.
       interpret: run by the interpreter, which has no atomics: as two kernels.
@@ -60,8 +56,7 @@ def expert_products(
     gate, up, down = (w.values if small else w for w in (gate_proj, up_proj, down_proj))
     scales = [w.scales if small else None for w in (gate_proj, up_proj, down_proj)]
     if not interpret:
-        groups = choices, group_sizes, group_starts
-        return _kernel(shape, older_groups, choices is not None)(rows, gate, up, down, *groups, rows_scales, *scales)[2]
+        return _kernel(shape)(rows, gate, up, down, group_sizes, group_starts, rows_scales, *scales)[2]
     groups = group_sizes, group_starts, None
     hidden = kernel(shape.gated)(rows, gate, up, *groups, rows_scales, *scales[:2])
     hidden, rows_scales = quantize_rows(hidden) if small else (hidden, None)
@@ -100,10 +95,10 @@ def shape_of(rows: Any, gate: Any, blocks: ExpertBlocks, num_sms: int, interpret
     return shape
 
 
-def _kernel(shape: Shape, older_groups: bool, counts: bool):
+def _kernel(shape: Shape):
     gated, down, b = shape.gated, shape.down, shape.gated.blocks
     scales = jax.ShapeDtypeStruct((gated.rows, gated.num_out // SCALED), jnp.float32) if gated.small else None
-    body = _body(shape, older_groups or counts, counts)
+    body = _body(shape)
     body.__name__ = "expert_products"  # what a profiler shows
     return plgpu.kernel(
         body,
@@ -126,16 +121,15 @@ def _kernel(shape: Shape, older_groups: bool, counts: bool):
     )
 
 
-def _body(shape: Shape, early: bool, counts: bool):
-    """early: the weights of a block's first stages are asked for before the rows are there; counts: from choices."""
+def _body(shape: Shape):
     gated, down, b = shape.gated, shape.down, shape.gated.blocks
     arrivals = b.consumers * gated.tiles  # of a block of rows
     ask = sharing.ask_program(gated.num_sms)
 
     def body(
-        rows_g, gate_g, up_g, down_g, choices_g, sizes_g, starts_g, rows_scales_g, gate_scales_g, up_scales_g,
-        down_scales_g, hidden_g, hidden_scales_g, out_g, counters_g, weights_s, rows_s, out_s, words_s, full, free, met,
-        queue_s, queued,
+        rows_g, gate_g, up_g, down_g, sizes_g, starts_g, rows_scales_g, gate_scales_g, up_scales_g, down_scales_g,
+        hidden_g, hidden_scales_g, out_g, counters_g, weights_s, rows_s, out_s, words_s, full, free, met, queue_s,
+        queued,
     ):  # fmt: skip
         block, role = lax.axis_index("sm"), lax.axis_index("wg")
         groups = Groups(gated.num_experts, b.block_rows, gated.rows, sizes_g, starts_g, words_s.at[role])
@@ -143,6 +137,7 @@ def _body(shape: Shape, early: bool, counts: bool):
 
         def walk(advance, visit_gated, visit_down):
             """The block's items; returns the steps of all."""
+            groups.line_up()
             state = groups.walk(gated.tiles, gated.steps, visit_gated, advance, (block, 0, 0))
             before = groups.num_blocks * gated.tiles
             return groups.walk(down.tiles, down.steps, visit_down, advance, state, before)[2]
@@ -157,32 +152,25 @@ def _body(shape: Shape, early: bool, counts: bool):
         @pl.when(role == 0)
         def _load():
             plgpu.set_max_registers(40, action="decrease")
-            if not early:
-                simt.follow()
-            if counts:
-                groups.count(choices_g)
-            else:
-                groups.line_up()
+            simt.follow()
             first = Loader(gated, rows_g, (gate_g, up_g), *stages)
             second = Loader(down, hidden_g, (down_g, down_g), *stages)
+
+            def ask_next(item: Item):
+                simt.program(ask, counters_g, queue_s, words=(item.count, place(item.count + 1)))
 
             def load(item: Item):
                 """Asks which item is next; the answer delays the first item's loads if it is waited for before them."""
                 ahead = jnp.where(item.count == 0, min(gated.stages, gated.steps), 0)
-                if early:
-                    first.visit_weights_first(item, ahead, lambda: pl.when(item.count == 0)(simt.follow))
-                else:
-                    first.visit(item, 0, ahead)
-                simt.program(ask, counters_g, queue_s, words=(item.count, place(item.count + 1)))
+                first.visit(item, 0, ahead)
+                ask_next(item)
                 first.visit(item, ahead)
 
             def load_down(item: Item):
-                """Its rows may not be there: weights of some stages are asked for first."""
-                if early:
-                    pl.when(item.count == 0)(simt.follow)
+                """Its rows may not be there: the weights of two stages are asked for first."""
                 ahead = min(AHEAD, gated.stages - 1, down.steps)
                 second.visit_weights_first(item, ahead, lambda: wait_for(item))
-                simt.program(ask, counters_g, queue_s, words=(item.count, place(item.count + 1)))
+                ask_next(item)
                 second.visit(item, ahead)
 
             def advance(_, count):
@@ -190,10 +178,7 @@ def _body(shape: Shape, early: bool, counts: bool):
                 plgpu.barrier_arrive(queued.at[place(count + 1)])
                 return queue_s[place(count + 1)]
 
-            num_steps = walk(advance, load, load_down)
-            if early:
-                simt.follow()  # a block without items, too, ends after the kernel before
-            second.drain(num_steps)
+            second.drain(walk(advance, load, load_down))
 
         @pl.when(role > 0)
         def _multiply():
@@ -204,7 +189,6 @@ def _body(shape: Shape, early: bool, counts: bool):
             def _():
                 simt.program(sharing.open_program(gated.num_experts), counters_g)
 
-            groups.line_up()
             simt.program(sharing.meet_program, counters_g)
             given = {"own": role - 1, "weights_s": weights_s, "rows_s": rows_s, "out_s": out_s, "full": full,
                      "free": free, "met": met}  # fmt: skip

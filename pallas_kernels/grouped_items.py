@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jmoe.pallas_kernels.grouped_blocks import UNIT
-from jmoe.pallas_kernels.grouped_matmul_threads import count_items, find_expert, line_up_items
+from jmoe.pallas_kernels.grouped_matmul_threads import find_expert, line_up_items
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +58,6 @@ class Groups:
         if self.words is not None:
             groups = (self.sizes,) if self.starts is None else (self.sizes, self.starts)
             line_up_items(self.num_experts, self.block_rows, self.words, *groups)
-
-    def count(self, choices: Any) -> None:
-        """The same without sizes and starts: from the experts that pairs chose; see `count_items`."""
-        count_items(self.num_experts, self.block_rows, self.words, choices)
 
     @property
     def num_blocks(self) -> Any:

@@ -41,10 +41,10 @@ class Loader:
 
         lax.fori_loop(first_step, self.shape.steps if end is None else end, load, None)
 
-    def visit_weights_first(self, item: Item, ahead: Any, meanwhile: Callable[[], None]) -> None:
-        """The item's first `ahead` stages: what `meanwhile` waits for is needed of their rows alone."""
+    def visit_weights_first(self, item: Item, ahead: int, wait: Callable[[], None]) -> None:
+        """The item's first `ahead` stages, which are fewer than all: `wait` is for their rows alone."""
         lax.fori_loop(0, ahead, lambda k, _: self.weights(item, k, self._place(item, k)), None)
-        meanwhile()
+        wait()
         stages = jnp.int32(self.shape.stages)
         lax.fori_loop(0, ahead, lambda k, _: self.rows(item, k, lax.rem(item.step + k, stages)), None)
 

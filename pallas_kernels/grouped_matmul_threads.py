@@ -11,7 +11,6 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
 from jmoe.pallas_kernels import simt
-from jmoe.pallas_kernels.simt import Pointer, Word
 
 VECTOR = 16  # bytes of one load or store
 ATOM = 8  # rows and vectors of one tile of 1 KB, which is how far the swizzle of 128 bytes goes
@@ -28,7 +27,7 @@ def line_up_items(num_experts: int, block_rows: int, words: Any, *groups: Any) -
       words: `[3, num_experts + 1]` int32 in shared memory.
       groups: sizes `[num_experts]` int32 in global memory, and starts; without them a group starts where one ends.
     """
-    each = -(-num_experts // simt.WARP)
+    each, length = -(-num_experts // simt.WARP), num_experts + 1
 
     def line_up(words, sizes, *starts):
         lane = simt.thread() % simt.WARP
@@ -37,64 +36,21 @@ def line_up_items(num_experts: int, block_rows: int, words: Any, *groups: Any) -
         safe = [there.select(expert, 0) for expert, there in zip(experts, inside, strict=True)]
         held = [there.select(sizes.load(expert), 0) for expert, there in zip(safe, inside, strict=True)]
         begins = [starts[0].load(expert) for expert in safe] if starts else _sums_before(held, lane)
-        _put_items(num_experts, block_rows, words, experts, held, begins)
+        counts = []
+        for size, begin in zip(held, begins, strict=True):
+            blocks = (size + begin % ATOM + (block_rows - 1)) // block_rows
+            counts.append((size >= 1).select(blocks, 0))
+        firsts = _sums_before(counts, lane)
+        with simt.when((simt.warp() % (simt.BLOCK_THREADS // simt.WARP)).equals(0)):
+            for expert, there, *found in zip(experts, inside, firsts, held, begins, strict=True):
+                with simt.when(there):
+                    for row, word in enumerate(found):
+                        words.store(expert + row * length, word)
+            with simt.when(lane.equals(simt.WARP - 1)):
+                words.store(num_experts, firsts[-1] + counts[-1])
+        simt.barrier()
 
     simt.program(line_up, words, *groups)
-
-
-def count_items(num_experts: int, block_rows: int, words: Any, choices: Any) -> None:
-    """The same, from the experts that pairs chose (-1: none), where groups stand as `permute` puts them: from multiples
-    of ATOM on, in the order of the experts.
-
-    Args:
-      num_experts, block_rows, words: as in `line_up_items`.
-      choices: `[pairs]` int32 in global memory.
-    """
-    each, (num_pairs,) = -(-num_experts // simt.WARP), choices.shape
-
-    def count(words, choices):
-        thread, lane = simt.thread_of_warpgroup(), simt.thread() % simt.WARP
-        sizes = num_experts + 1  # where they stand in `words`, for now
-        held = []
-        for first in range(0, num_pairs, simt.BLOCK_THREADS):  # all in flight at once
-            pair = thread + first
-            held.append((pair < num_pairs).select(choices.load((pair < num_pairs).select(pair, 0)), -1))
-        for first in range(0, num_experts, simt.BLOCK_THREADS):
-            with simt.when(thread + first < num_experts):
-                words.store(thread + (first + sizes), 0)
-        simt.barrier()
-        for expert in held:
-            with simt.when(expert >= 0):
-                words.add(expert + sizes, 1)
-        simt.barrier()
-        experts = [lane * each + i for i in range(each)]
-        found = [(expert < num_experts).select(expert, 0) for expert in experts]
-        found = [(e < num_experts).select(words.load(at + sizes), 0) for e, at in zip(experts, found, strict=True)]
-        begins = _sums_before([(size + (ATOM - 1)) // ATOM * ATOM for size in found], lane)
-        simt.barrier()  # all have read the sizes
-        _put_items(num_experts, block_rows, words, experts, found, begins)
-
-    simt.program(count, words, choices)
-
-
-def _put_items(
-    num_experts: int, block_rows: int, words: Pointer, experts: list[Word], sizes: list[Word], begins: list[Word]
-) -> None:
-    """What each lane knows of its experts, to `words`; by the first warp of the warpgroup, seen by all."""
-    lane, length = simt.thread() % simt.WARP, num_experts + 1
-    counts = []
-    for size, begin in zip(sizes, begins, strict=True):
-        blocks = (size + begin % ATOM + (block_rows - 1)) // block_rows
-        counts.append((size >= 1).select(blocks, 0))
-    firsts = _sums_before(counts, lane)
-    with simt.when((simt.warp() % (simt.BLOCK_THREADS // simt.WARP)).equals(0)):
-        for expert, *found in zip(experts, firsts, sizes, begins, strict=True):
-            with simt.when(expert < num_experts):
-                for row, word in enumerate(found):
-                    words.store(expert + row * length, word)
-        with simt.when(lane.equals(simt.WARP - 1)):
-            words.store(num_experts, firsts[-1] + counts[-1])
-    simt.barrier()
 
 
 def _sums_before(words: list[simt.Word], lane: simt.Word) -> list[simt.Word]:

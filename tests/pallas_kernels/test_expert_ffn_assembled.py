@@ -35,7 +35,7 @@ def product(rows, *weights_and_sizes, group_starts, rows_scales=None, **_options
     return np.asarray(jnp.asarray(out, jnp.bfloat16))
 
 
-def both_products(permuted, _, gate_proj, up_proj, down_proj, blocks):
+def both_products(permuted, gate_proj, up_proj, down_proj, blocks):
     """`expert_products`."""
     groups = {"group_starts": permuted.group_starts}
     hidden = product(permuted.rows, gate_proj, up_proj, permuted.group_sizes, rows_scales=permuted.scales, **groups)
