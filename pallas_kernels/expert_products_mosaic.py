@@ -8,6 +8,7 @@ taken in the order of the experts, so few ever wait: the first expert's are done
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -27,8 +28,6 @@ from jmoe.pallas_kernels.grouped_matmul_mosaic import kernel
 from jmoe.pallas_kernels.grouped_multiply import TURNED, Multiplier
 from jmoe.pallas_kernels.grouped_multiply_rows import RowMultiplier
 from jmoe.pallas_kernels.grouped_product import HALF, Product, both_products, check_blocks, scratch
-
-AHEAD = 2  # stages of a down item whose weights are asked for before its rows are known to be there
 
 
 def expert_products(
@@ -156,29 +155,23 @@ def _body(shape: Shape):
             first = Loader(gated, rows_g, (gate_g, up_g), *stages)
             second = Loader(down, hidden_g, (down_g, down_g), *stages)
 
-            def ask_next(item: Item):
-                simt.program(ask, counters_g, queue_s, words=(item.count, place(item.count + 1)))
-
-            def load(item: Item):
+            def load(loader, item: Item):
                 """Asks which item is next; the answer delays the first item's loads if it is waited for before them."""
-                ahead = jnp.where(item.count == 0, min(gated.stages, gated.steps), 0)
-                first.visit(item, 0, ahead)
-                ask_next(item)
-                first.visit(item, ahead)
+                early = jnp.where(item.count == 0, min(gated.stages, loader.shape.steps), 0)
+                loader.visit(item, 0, early)
+                simt.program(ask, counters_g, queue_s, words=(item.count, place(item.count + 1)))
+                loader.visit(item, early)
 
             def load_down(item: Item):
-                """Its rows may not be there: the weights of two stages are asked for first."""
-                ahead = min(AHEAD, gated.stages - 1, down.steps)
-                second.visit_weights_first(item, ahead, lambda: wait_for(item))
-                ask_next(item)
-                second.visit(item, ahead)
+                wait_for(item)
+                load(second, item)
 
             def advance(_, count):
                 simt.program(simt.barrier)
                 plgpu.barrier_arrive(queued.at[place(count + 1)])
                 return queue_s[place(count + 1)]
 
-            second.drain(walk(advance, load, load_down))
+            second.drain(walk(advance, functools.partial(load, first), load_down))
 
         @pl.when(role > 0)
         def _multiply():

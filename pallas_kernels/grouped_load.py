@@ -1,7 +1,6 @@
 """What the first warpgroup of a grouped product's kernel does: it keeps TMA some stages ahead of the others."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -33,30 +32,19 @@ class Loader:
 
     def visit(self, item: Item, first_step: Any = 0, end: Any = None) -> None:
         """The item's stages from `first_step` on, up to `end`, each as soon as its place is free."""
+        stages = self.shape.stages
 
         def load(k, _):
-            slot = self._place(item, k)
+            slot = lax.rem(item.step + k, jnp.int32(stages))
+
+            @pl.when(item.step + k >= stages)
+            def _():
+                plgpu.barrier_wait(self.free.at[slot])
+
             self.weights(item, k, slot)
             self.rows(item, k, slot)
 
         lax.fori_loop(first_step, self.shape.steps if end is None else end, load, None)
-
-    def visit_weights_first(self, item: Item, ahead: int, wait: Callable[[], None]) -> None:
-        """The item's first `ahead` stages, which are fewer than all: `wait` is for their rows alone."""
-        lax.fori_loop(0, ahead, lambda k, _: self.weights(item, k, self._place(item, k)), None)
-        wait()
-        stages = jnp.int32(self.shape.stages)
-        lax.fori_loop(0, ahead, lambda k, _: self.rows(item, k, lax.rem(item.step + k, stages)), None)
-
-    def _place(self, item: Item, k: Any) -> Any:
-        """The stage of an item's step, once it is free."""
-        slot = lax.rem(item.step + k, jnp.int32(self.shape.stages))
-
-        @pl.when(item.step + k >= self.shape.stages)
-        def _():
-            plgpu.barrier_wait(self.free.at[slot])
-
-        return slot
 
     def weights(self, item: Item, k: Any, slot: Any) -> None:
         shape, b = self.shape, self.shape.blocks

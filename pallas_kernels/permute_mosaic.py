@@ -18,7 +18,7 @@ from jmoe.pallas_kernels.permute_many_mosaic import CHUNK, load_chunk, num_chunk
 from jmoe.pallas_kernels.permute_rows_mosaic import VECTOR_BYTES, Row, store
 from jmoe.pallas_kernels.simt import BLOCK_THREADS, WARP, Pointer, Word
 
-MAX_FUSED_PAIRS = 4096
+MAX_FUSED_PAIRS = 2048
 LOADS = 8  # of 16 bytes that a thread of unpermute has in flight: k rows of one vector, or more vectors of fewer rows
 WARPS = BLOCK_THREADS // WARP
 
