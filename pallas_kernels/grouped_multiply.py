@@ -137,8 +137,8 @@ class Multiplier(Consumer):
         return found
 
     def _fence(self) -> None:
-        """Before sums go on: ptxas would put one in, and in the loop over items, where threads may part as it sees it,
-        run all wgmma one after the other because of it (its note C7519)."""
+        """Before sums go on. Without it ptxas 13.5 (not 13.0 to 13.4) puts one in and, as threads may part in the loop
+        over items as it sees it, runs all wgmma one after the other (its note C7519)."""
         if not self.shape.interpret:
             simt.program(lambda: simt_marks.run("wgmma.fence.sync.aligned;", [], ""))
 

@@ -90,14 +90,18 @@ def test_interpreted(small, blocks):
 
 @pytest.mark.aot
 @pytest.mark.parametrize(("small", "blocks"), [(False, b) for b in BF16] + [(True, b) for b in FLOAT8])
-def test_compiles_for_a_gpu_that_is_not_there(small, blocks):
+def test_compiles_for_a_gpu_that_is_not_there(monkeypatch, tmp_path, small, blocks):
+    """And ptxas doesn't run wgmma one after the other (C7518, C7519: it says so, and that is all it does)."""
     from jmoe.pallas_kernels.expert_products_mosaic import expert_products
 
     device = jax.sharding.SingleDeviceSharding(imaginary_gpus(1)[0])
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     made = arrays([3, 0, 17, 1], 512, 256, small=small)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), made)
     lowered = jax.jit(lambda *a: expert_products(*a, blocks=blocks)).trace(*shapes).lower(lowering_platforms=("cuda",))
     assert lowered.compile().as_text().count('custom_call_target="mosaic_gpu') == 1
+    [report] = tmp_path.glob("*.ptxas")
+    assert "serialized" not in report.read_text()
 
 
 @pytest.mark.aot
