@@ -101,6 +101,8 @@ class RowMultiplier(Consumer):
     def _share(self, item: Mine) -> None:
         """Both consumers' columns stand side by side in one tile a part, of which each stores half of the rows."""
         results = self._results(self._products(item))
+        if self.shape.steps <= self.shape.stages:
+            self.meet()  # the other may still store rows of the item before; it is never further behind than all stages
         for part, out in enumerate(results):
             self.out_s.at[part, :, item.columns][...] = out.astype(self.shape.out_dtype)
         plgpu.commit_smem()
