@@ -159,7 +159,7 @@ def ceilings(around: Callable[[], Any] | None = None) -> dict[str, float]:
 def product_rate(dtype: str, seconds: float = 0.0, around: Callable[[], Any] | None = None) -> float:
     """Operations a second of a plain product, 8192^3, in a run as long as what it is compared with: its median call.
 
-    A GPU lowers its clock under load: an H200 gives 1,560 TFLOP/s of float8 in the first 4 ms, 1,320 in 150 ms.
+    A GPU lowers its clock under load: an H200 gives 1,560 TFLOP/s of float8 in the first 4 ms, 1,320 in 170 ms.
 
     Args:
       dtype: of DTYPES; the operands are normal random, since the clock depends on how many bits flip.

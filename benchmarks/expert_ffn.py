@@ -57,7 +57,7 @@ class Result:
     routing: str
     active: float
     floor_us: float
-    product_rate: float  # TFLOP/s, in a run of the case's length
+    product_tflops: float  # a second, of plain products in a run of the case's length
     name: str
     us: float | None = None
     percent: float | None = None
@@ -192,7 +192,7 @@ def table(results: list[Result]) -> str:
             (r.us, r.percent, r.products_us, r.products_percent), (".1f", ".1f", ".1f", ".1f"), strict=True
         )]  # fmt: skip
         shape = f"{r.model} | {r.tokens} | {r.dtype} | {r.routing} | {r.active:.1f} | {r.floor_us:.1f}"
-        shape = f"{shape} | {r.product_rate:.0f} | {r.name}"
+        shape = f"{shape} | {r.product_tflops:.0f} | {r.name}"
         lines.append(f"| {shape} | {' | '.join(numbers)} | {last} |")
     return "\n".join(lines)
 

@@ -170,9 +170,15 @@ class ExpertRole:
         assert self._exchange is not None
         return self._exchange
 
-    def partial_sums(self, layer: int, rows: jax.Array, local_idx: jax.Array, topk_weights: jax.Array) -> jax.Array:
-        """One weighted partial sum a row over this device's share of MoE layer `layer`: `[rows, D]` float32."""
-        return run_layer(_partial_sums, self.cell, self.half.layers[layer], rows, local_idx, topk_weights)
+    def partial_sums(
+        self, layer: int, rows: jax.Array, local_idx: jax.Array, topk_weights: jax.Array, *, rounded: bool = False
+    ) -> jax.Array:
+        """One weighted partial sum a row over this device's share of MoE layer `layer`: `[rows, D]`.
+
+        In float32, or rounded to the rows' dtype where nothing is added to it.
+        """
+        function = _rounded_sums if rounded else _partial_sums
+        return run_layer(function, self.cell, self.half.layers[layer], rows, local_idx, topk_weights)
 
     def stage(self, stage: Stage, inbox: Box) -> Box:
         """Every replica's rows through this node's experts; one weighted partial sum a row, in the order received."""
@@ -189,9 +195,8 @@ class ExpertRole:
         topk_weights = rows_at(inbox.topk_weights, first)
         # Rows and weights that were not sent may be anything: a row's sum is of that row alone, and theirs is not sent.
         flat = (local_idx.reshape(len(rows), -1), topk_weights.reshape(len(rows), -1))
-        add = _rounded_sums if self.tensor.size == 1 else _partial_sums  # ranks add up in float32 first
-        sums = run_layer(add, self.cell, self.half.layers[stage.layer], rows, *flat)
-        sums = self.tensor.sum(sums).astype(f.dtype)
+        sums = self.partial_sums(stage.layer, rows, *flat, rounded=self.tensor.size == 1)
+        sums = self.tensor.sum(sums).astype(f.dtype)  # several ranks add up in float32
         slices = sums.reshape(self.cell.mesh.attention, f.capacity, rounds.num_slices, f.width)
         peer, slice_idx = rows_at(jnp.asarray(rounds.peer), device), rows_at(jnp.asarray(rounds.slice_idx), device)
         replica = jnp.maximum(peer, 0)

@@ -56,13 +56,13 @@ class Loader:
 
     def rows(self, item: Item, k: Any, slot: Any) -> None:
         shape, b, full = self.shape, self.shape.blocks, self.full.at[slot]
-        share = b.block_rows // shape.row_copies
+        height = b.block_rows // shape.row_copies
         for part in range(shape.row_parts):
             for n in range(shape.row_copies):
 
                 def copy(part=part, n=n):
-                    cells = pl.ds(item.first + n * share, share), pl.ds(shape.term(k, part), b.block_in)
-                    place = pl.ds(n * share, share)
+                    cells = pl.ds(item.first + n * height, height), pl.ds(shape.term(k, part), b.block_in)
+                    place = pl.ds(n * height, height)
                     plgpu.copy_gmem_to_smem(self.rows_g.at[cells], self.rows_s.at[slot, part, place], full)
 
                 if part * b.block_in >= shape.depth:
@@ -70,7 +70,7 @@ class Loader:
                 elif n == 0:
                     copy()
                 else:
-                    needed = item.skipped + item.meant > n * share
+                    needed = item.skipped + item.meant > n * height
                     pl.when(needed)(copy)
                     pl.when(~needed)(lambda: plgpu.barrier_arrive(full))
 

@@ -60,13 +60,14 @@ class RowMultiplier(Consumer):
     def visit(self, item: Item) -> None:
         """The item's rows of this consumer, or its columns of an item whose rows are few."""
         end = item.skipped + item.meant
-        shared = (end <= ROWS) if self.shape.blocks.consumers == 2 else False
+        together = (end <= ROWS) if self.shape.blocks.consumers == 2 else False
 
-        @pl.when(shared)
+        @pl.when(together)
         def _():
-            self._share(Mine(**vars(item), start=0, columns=pl.ds(self.own * HALF, HALF), both=jnp.int32(0)))
+            columns = pl.ds(self.own * HALF, HALF)
+            self._multiply_together(Mine(**vars(item), start=0, columns=columns, both=jnp.int32(0)))
 
-        @pl.when(jnp.logical_not(shared))
+        @pl.when(jnp.logical_not(together))
         def _():
             start = self.own * ROWS
             low, high = (jnp.clip(n - start, 0, ROWS) for n in (item.skipped, end))
@@ -98,7 +99,7 @@ class RowMultiplier(Consumer):
             plgpu.commit_smem()
             self._store(tile, item, self.shape.column(item.tile, part))
 
-    def _share(self, item: Mine) -> None:
+    def _multiply_together(self, item: Mine) -> None:
         """Both consumers' columns stand side by side in one tile a part, of which each stores half of the rows."""
         results = self._results(self._products(item))
         if self.shape.steps <= self.shape.stages:

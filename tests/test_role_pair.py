@@ -12,6 +12,7 @@ import jmoe.cell_runtime as cell_runtime
 from jmoe.cell_config import CellConfig
 from jmoe.errors import ExchangeTimeoutError, SequenceMismatchError
 from jmoe.role_pair import RolePair
+from jmoe.role_programs import ExpertRole
 from jmoe.sharding.mesh_config import MeshConfig
 
 MAX_TOKENS = 6
@@ -47,6 +48,23 @@ def test_tokens_equal_the_reference(name):
     assert "attention: compiled 2 of 2" in said and "expert: compiled 2 of 2" in said
     assert generate(pair.run, pair.cell, prompts, MAX_TOKENS)[0] == reference_tokens(config, prompts, MAX_TOKENS)
     pair.close()
+
+
+@pytest.mark.parametrize(("tensor", "dtype"), [(1, "bfloat16"), (2, "float32")])
+def test_sums_are_rounded_where_no_other_rank_adds_to_them(monkeypatch, tensor, dtype):
+    partial_sums, found = ExpertRole.partial_sums, set()
+
+    def watched(*arguments, **options):
+        sums = partial_sums(*arguments, **options)
+        found.add(str(sums.dtype))
+        return sums
+
+    monkeypatch.setattr(ExpertRole, "partial_sums", watched)
+    config = dataclasses.replace(EVEN, dtype="bfloat16", num_layers=1)
+    pair = pair_of(config, MeshConfig(1, 1, 1, expert_tensor=tensor, transport="push"))
+    pair.compile(("decode", False))
+    pair.close()
+    assert found == {dtype}
 
 
 @pytest.fixture

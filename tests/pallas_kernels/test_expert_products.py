@@ -82,7 +82,9 @@ def test_interpreted(small, blocks):
 
     from jmoe.pallas_kernels.expert_products_mosaic import expert_products
 
-    made = arrays([3, 0, 140 if blocks.rows_first else 17], 256, 256 if small else 128, small=small)
+    # Where rows stand first: a block of 40 rows, which both consumers share and store half of, and one of 128.
+    sizes = [40, 0, 140] if blocks.rows_first else [3, 0, 17]
+    made = arrays(sizes, 256, 256 if small else 128, small=small)
     with params.force_gpu_interpret_mode():
         got = expert_products(*made, blocks=blocks, num_sms=3, interpret=True)
     assert error(got, *truth(*made)) < (1e-2 if small else 5e-3)
