@@ -2,7 +2,7 @@
 
 A block is a stream: one warpgroup loads pages by TMA, some tiles of 64 tokens ahead, one computes. scores^T = K q^T and
 out^T = V^T p^T, so that tokens and head size fill wgmma's M and the few query heads of a KV head are its N. See
-`paged_decode_plan` for what a stream reads and `paged_decode_share` for how streams meet.
+`paged_decode_plan` for what a stream reads and `paged_decode_queue` for how streams share the pieces.
 """
 
 import math
@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jmoe.pallas_kernels import paged_decode_share as sharing
+from jmoe.pallas_kernels import paged_decode_queue as queue
 from jmoe.pallas_kernels import simt
 from jmoe.pallas_kernels.grouped_matmul_threads import load_by_row
 from jmoe.pallas_kernels.paged_decode_plan import MASKED, TILE, UNIT, Decode
@@ -47,16 +47,17 @@ def body_of(shape: Decode):
     def body(
         q_g, k_g, v_g, table_g, start_g, tokens_g, k_scale_g, v_scale_g, sinks_g, plan_g,
         out_g, acc_g, ml_g, counters_g,
-        k_s, v_s, wide_s, q_s, p_s, o_s, run_s, run_ml_s, words_s, k_full, v_full, k_free, v_free,
+        k_s, v_s, wide_s, raw_q_s, q_s, p_s, o_s, words_s, rows_s, messages_s,
+        k_full, v_full, k_free, v_free, announced, planned,
     ):  # fmt: skip
-        stream, role = lax.axis_index("stream"), lax.axis_index("wg")
+        block, role = lax.axis_index("stream"), lax.axis_index("wg")
         if not shape.interpret:
             plgpu.griddepcontrol_wait()
             plgpu.griddepcontrol_launch_dependents()
-            plan = sharing.plan_program(shape, tokens_g is not None)
-            simt.program(plan, start_g, *([] if tokens_g is None else [tokens_g]), words_s.at[role])
-        head = lax.rem(stream, jnp.int32(num_kv_heads))
-        mine = Stream(shape, stream, head, start_g, tokens_g, plan_g, words_s.at[role])
+        head, number = lax.rem(block, jnp.int32(num_kv_heads)), lax.div(block, jnp.int32(num_kv_heads))
+        stream = Stream(
+            shape, number, head, start_g, tokens_g, plan_g, counters_g.at[head], words_s, rows_s, messages_s, announced
+        )
 
         def place(row):
             """Rows of q that fill the columns, and how many of the first ones belong to others."""
@@ -64,34 +65,17 @@ def body_of(shape: Decode):
             start = jnp.minimum(want, shape.flat_rows - n)
             return start, want - start
 
-        def has_whole_rows():
-            (_, first_piece), (_, end_piece) = mine.ends()
-            return first_piece + end_piece == 0
-
-        def leave():
-            simt.program(sharing.leave_program(shape), counters_g.at[head])
-
-        def leave_early():
-            """A stream that has nothing to count need not wait for it at the end."""
-            if not shape.interpret:
-                pl.when(has_whole_rows())(leave)
-
         @pl.when(role == 1)
         def _load():
-            load_pages(mine, table_g, ((k_g, k_s, k_full, k_free), (v_g, v_s, v_full, v_free)), behind=leave_early)
+            sides = (k_g, k_s, k_full, k_free), (v_g, v_s, v_full, v_free)
+            load_pages(stream, planned, table_g, (q_g, lambda row: place(row)[0], raw_q_s), sides)
 
         @pl.when(role == 0)
         def _compute():
             if not shape.interpret:
-                simt.program(sharing.open_program(shape), counters_g.at[head])
+                stream.plan()
+                plgpu.barrier_arrive(planned)
             scale = k_scale_g[0] * (head_dim**-0.5 * LOG2E)
-
-            def queries_of(row):
-                return plgpu.load(q_g.at[pl.ds(place(row)[0], n)].T, (), layout=TURNED, optimized=False)
-
-            def fetch(row):
-                """The queries of a row ahead, but for float8: it has no registers left for them."""
-                return mine.bounds(row), None if shape.small_pages else queries_of(row)
 
             def sinks_of(first):
                 if shape.interpret:
@@ -127,12 +111,12 @@ def body_of(shape: Decode):
                 acc = acc * _down(old, head_dim) + acc_i * _down(new, head_dim)
                 return acc, m_new, total * old + total_i * new
 
-            def merge(row, cover):
+            def merge(row, count):
                 """All pieces of a row, in order; some on their way together, as each takes a microsecond to come."""
-                count, at_once = shape.cut(mine.bounds(row)[2])[0], AT_ONCE * 8 // n
+                at_once = AT_ONCE * 8 // n
 
                 def step(i, found):
-                    first = cover + i * at_once
+                    first = i * at_once
                     together = [partial(row, jnp.minimum(first + j, count - 1)) for j in range(at_once)]
                     for j, piece in enumerate(together):
                         more = add(found, piece)
@@ -140,26 +124,24 @@ def body_of(shape: Decode):
                         found = tuple(jnp.where(there, new, old) for new, old in zip(more, found, strict=True))
                     return found
 
-                rounds = lax.div(count - cover + (at_once - 1), jnp.int32(at_once))
-                write(row, *lax.fori_loop(0, rounds, step, partial(row, jnp.int32(0))))
+                none = tuple(_filled(value, (n,), BY_HEAD) for value in (MASKED, 0))
+                rounds = lax.div(count + (at_once - 1), jnp.int32(at_once))
+                write(row, *lax.fori_loop(0, rounds, step, (_filled(0, (head_dim, n), LAYOUT), *none)))
 
-            def meet():
-                """At the end, when nothing else waits: counts what this stream left of the rows at its range's ends."""
-                (first_row, first_piece), (end_row, end_piece) = mine.ends()
-                rows = [jnp.minimum(row, shape.rows - 1) for row in (first_row, end_row)]
-                first, last, count = mine.pieces(rows[0], mine.bounds(rows[0])[2])[:3]
-                cover = jnp.where((end_row == first_row) & (first_piece > 0), 0, end_piece)
-                left = jnp.where(first_piece > 0, last - first, 0), cover
-                counts = count, shape.cut(mine.bounds(rows[1])[2])[0]
-                given = rows[0], left[0], rows[1], left[1], cover
-                simt.program(sharing.arrive_program(shape), counters_g.at[head], words_s.at[0], words=given)
-                for i in (0, 1):
+            def end(row, piece, count, found):
+                """Of a piece: the row's result, or a partial one; who ends the row's last adds them up."""
 
-                    @pl.when((left[i] > 0) & (words_s[0, sharing.BEFORE + i] + left[i] == counts[i]))
-                    def _(i=i):
-                        merge(rows[i], words_s[0, sharing.COVER + i])
+                @pl.when(count == 1)
+                def _():
+                    write(row, *found)
 
-                leave()
+                @pl.when(count > 1)
+                def _():
+                    keep(row, piece, *found)
+                    if shape.interpret:
+                        return
+                    simt.program(queue.ended_program(shape), stream.counters_g, words_s, words=(row,))
+                    pl.when(words_s[queue.BEFORE] == count - 1)(lambda: merge(row, count))
 
             def widened(pages, slot, free):
                 """Float8 pages as wgmma reads them."""
@@ -203,55 +185,22 @@ def body_of(shape: Decode):
 
                 return tile
 
-            def segment(row, fetched, tile):
-                """Its pieces: those from the row's first on are added up in shared memory, others left to a merge."""
-                (low, high, units), queries = fetched
-                first, last, count, each = mine.pieces(row, units)
-                base = (lax.div(low, jnp.int32(UNIT)) + first * each) * UNIT
-                tiles = num_tiles(jnp.minimum(last * each, units) - first * each)
-                kept = row, first, last, count, num_tiles(each), tile, tiles, low - base, high - base
-                if not shape.interpret:
-                    simt.program(sharing.keep_words, words_s.at[0], words=kept)
-                if queries is None:
-                    q_s.T[...] = (queries_of(row).astype(jnp.float32) * scale).astype(dtype)
-                else:
-                    q_s.T[...] = queries
+            def attend_to(code, message, tile):
+                """A piece, whose tiles begin at number `tile`; how many they are."""
+                queries = plgpu.load(raw_q_s.at[message].T, (), layout=TURNED, optimized=False)
+                if shape.small_pages:
+                    queries = (queries.astype(jnp.float32) * scale).astype(dtype)
+                q_s.T[...] = queries
                 plgpu.commit_smem()
+                _, _, _, first, length, low, high = stream.extent(code)
+                base = (lax.div(low, jnp.int32(UNIT)) + first) * UNIT
+                found = attended(tile, num_tiles(length), low - base, high - base)
+                row, piece, count = stream.extent(code)[:3]  # again, which spares registers
+                end(row, piece, count, found)
+                return num_tiles(stream.extent(code)[4])
 
-                def read(*indices):
-                    """What is not needed in between stands in shared memory: two streams an SM have 128 registers."""
-                    return [kept[i] if shape.interpret else words_s[0, sharing.KEPT + i] for i in indices]
-
-                def piece(index, _):
-                    first, each, tile, tiles, low, high = read(1, 4, 5, 6, 7, 8)
-                    begin = (index - first) * each
-                    found = attended(tile, begin, jnp.minimum(begin + each, tiles), low, high)
-                    row, first, last, count = read(0, 1, 2, 3)
-
-                    def added():
-                        so_far = plgpu.load(run_s, (), layout=LAYOUT, optimized=False)
-                        m, total = (plgpu.load(run_ml_s.at[i], (), layout=BY_HEAD, optimized=False) for i in (0, 1))
-                        return add((so_far, m, total), found)
-
-                    found = lax.cond((first == 0) & (index > 0), added, lambda: found)
-
-                    @pl.when((first == 0) & (index == count - 1))
-                    def _():
-                        write(row, *found)
-
-                    @pl.when((first == 0) & (index < last - 1))
-                    def _():
-                        run_s[...], run_ml_s[0], run_ml_s[1] = found
-
-                    @pl.when((first > 0) | ((index == last - 1) & (index < count - 1)))
-                    def _():
-                        keep(row, jnp.where(first > 0, index, 0), *found)
-
-                lax.fori_loop(first, last, piece, None)
-                return read(6)[0]
-
-            def attended(tile, begin, end_tile, low, high):
-                """acc, maxima and sums of tiles `begin` to `end_tile` of a segment."""
+            def attended(tile, tiles, low, high):
+                """acc, maxima and sums of a piece's tiles; low and high from its first token on."""
 
                 def attend(i, carry):
                     acc, m, total = carry
@@ -280,12 +229,16 @@ def body_of(shape: Decode):
                     return acc * _down(alpha, head_dim) + new, m_new, total * _down(alpha, TILE) + p
 
                 none = _filled(0, (head_dim, n), LAYOUT), _filled(MASKED, (n,), BY_HEAD), _filled(0, (TILE, n), LAYOUT)
-                acc, m, total = lax.fori_loop(begin, end_tile, attend, none)
+                acc, m, total = lax.fori_loop(0, tiles, attend, none)
                 return acc, m, total.sum(axis=0)
 
-            mine.walk(fetch, segment)
-            if not shape.interpret:
-                pl.when(jnp.logical_not(has_whole_rows()))(meet)
+            def step(state):
+                count, tile, code = state
+                tile = tile + attend_to(code, stream.message(count), tile)
+                return count + 1, tile, stream.announced_code(count + 1)
+
+            start = jnp.int32(0), jnp.int32(0), stream.announced_code(jnp.int32(0))
+            lax.while_loop(lambda state: state[2] < shape.end, step, start)
             plgpu.wait_smem_to_gmem(0)
 
     return body

@@ -6,8 +6,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels import paged_decode_plan as planning
 from jmoe.pallas_kernels.paged_decode_body import LOG2E, body_of
-from jmoe.pallas_kernels.paged_decode_plan import MASKED, SHORTEST, TILE, TILE_UNITS, Decode
-from jmoe.pallas_kernels.paged_decode_share import WORDS, num_counters
+from jmoe.pallas_kernels.paged_decode_plan import MASKED, TILE, TILE_UNITS, Cut, Decode
+from jmoe.pallas_kernels.paged_decode_queue import WORDS, num_counters
 
 # Of pages under way in a stream, two streams an SM: 17 MB in all. 96 KB were slower in every case tried (0.5 to 2 %):
 # requests wait in a longer queue, those of the partial results among them.
@@ -16,7 +16,7 @@ RING_BYTES = 64 * 1024
 
 def paged_decode(
     q, k_pages, v_pages, page_table, start_pos, num_tokens, sinks, k_scale, v_scale, *,
-    sliding_window=None, logit_soft_cap=None, num_sms=132, stages=None, num_streams=None, shortest=SHORTEST,
+    sliding_window=None, logit_soft_cap=None, num_sms=132, stages=None, num_streams=None, tokens=Cut(),
     interpret=False,
 ):  # fmt: skip
     """See `paged_attention`.
@@ -31,7 +31,7 @@ def paged_decode(
       k_scale, v_scale: float32 scalars.
       num_sms: of the GPU.
       stages, num_streams: tiles on their way in a stream, and streams; None for what fits.
-      shortest: tokens of a piece, at least.
+      tokens: of pieces.
       interpret: run by the interpreter, which has no atomics: what streams share is merged in XLA.
 
     Returns:
@@ -45,7 +45,7 @@ def paged_decode(
     shape = Decode(
         rows, num_heads, num_kv_heads, head_dim, page_len, page_table.shape[1], of_head * num_kv_heads,
         stages or 2 * RING_BYTES // per_sm // tile_bytes, sliding_window, logit_soft_cap, k_pages.dtype, q.dtype,
-        interpret, shortest,
+        interpret, tokens,
     )  # fmt: skip
     flat = q.reshape(rows * num_heads, head_dim)
     flat = jnp.pad(flat, ((0, shape.flat_rows - rows * num_heads), (0, 0)))
@@ -90,15 +90,18 @@ def _kernel(shape: Decode):
             tiles(stages, TILE, head_dim, dtype=shape.pages_dtype),
             tiles(stages, TILE, head_dim, dtype=shape.pages_dtype),
             tiles(*values, dtype=shape.dtype),
+            plgpu.SMEM((shape.messages, n, head_dim), shape.out_dtype),
             tiles(n, head_dim, dtype=shape.dtype),
             tiles(n, TILE, dtype=shape.dtype),
             plgpu.SMEM((n, head_dim), shape.out_dtype),
-            plgpu.SMEM((head_dim, n), jnp.float32),
-            plgpu.SMEM((2, n), jnp.float32),
-            plgpu.SMEM((2, WORDS), jnp.int32),
+            plgpu.SMEM((WORDS,), jnp.int32),
+            plgpu.SMEM((shape.rows,), jnp.int32),
+            plgpu.SMEM((shape.messages,), jnp.int32),
             plgpu.Barrier(num_arrivals=TILE_UNITS, num_barriers=stages),
             plgpu.Barrier(num_arrivals=TILE_UNITS, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_barriers=shape.messages),
+            plgpu.Barrier(),
         ],
     )

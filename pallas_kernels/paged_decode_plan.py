@@ -1,15 +1,14 @@
-"""How decode attention cuts rows into pieces, and the XLA forms of what its thread blocks work out for themselves.
+"""How decode attention cuts rows into pieces, and the order in which streams take them; here in XLA.
 
 A unit is 16 tokens of one row, a piece some tiles of 64: where a row is cut into pieces follows from its own length and
-the call's sizes. Each piece is attended to by itself, and pieces are added up one by one in order of position. So no
-neighbour of a row changes a bit of its result, whoever attends to its pieces.
+the call's sizes. Each piece is attended to by itself, and the pieces of a row are added up one by one in order of
+position. So no neighbour of a row changes a bit of its result, whoever attends to its pieces.
 
-All pieces of a call, ordered by row and position, are cut into ranges of equal length (up to a piece; a little longer
-where rows of one length then stay whole); a stream is one range and one KV head, so that streams that run side by side
-read neighbouring bytes of the same pages (a head's part of a token is 128 or 256 bytes, little for DRAM to open a row
-for). What a stream has of a row from its first piece on it
-adds up itself; where a range begins inside a row, it leaves every piece of that row as a partial result, and the stream
-that comes last at the row adds them up (`paged_decode_share`).
+A stream is a thread block of one KV head, and whenever it has asked for all of a piece it takes the head's next one: the
+memory is busy until the last are taken, whatever the streams' speeds. The first pieces of the first rows come first,
+one a stream, as a stream can begin with them before it knows any other row's length; then all others, the longest first,
+so that those taken last are short (`paged_decode_queue`). Streams that run side by side have the same pieces of
+neighbouring heads: a head's part of a token is 128 or 256 bytes, little for DRAM to open a row for.
 """
 
 import dataclasses
@@ -23,12 +22,26 @@ UNIT = 16  # tokens
 TILE_UNITS = 4  # 64 tokens: wgmma's M
 TILE = UNIT * TILE_UNITS
 MASKED = -1e30
-# Tokens of a piece, a multiple of a tile's. With 128 the cut rows' partial results were 8 MB to write and as much to
-# read at 128 rows of 1024: 110 us instead of 104; 165 instead of 152 at 32 rows of 4096.
-SHORTEST = 768
-PIECES = 32  # bound of a row's pieces: more would share out more evenly, and take longer to add up
-SPARE = 16  # of so many ranges one may idle for rows of one length to stay whole: the rest still fills the memory
+PIECES = 64  # bound of a row's pieces
+CLASSES = 8  # of pieces' lengths, to take long ones first
 MAX_PARTIALS = 1 << 15  # partial results that there is room for: 4 KB each
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Tokens of a row's pieces: as short as evens out streams, as long as spares partial results.
+
+    Attributes:
+      least: of a piece in a row of up to `enough` pieces.
+      enough: pieces of a row, but for rows longer than so many of `most`.
+      most: of a piece in longer rows.
+      few: of a piece, at least, where the rows alone don't give each stream one.
+    """
+
+    least: int = 768
+    enough: int = 8
+    most: int = 2048
+    few: int = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +61,7 @@ class Decode:
     pages_dtype: Any
     out_dtype: Any
     interpret: bool
-    shortest: int = SHORTEST  # tokens of a piece, at least
+    tokens: Cut = Cut()
 
     @property
     def group(self) -> int:
@@ -74,25 +87,49 @@ class Decode:
         return jnp.float16 if self.small_pages else self.pages_dtype
 
     @property
-    def ranges(self) -> int:
+    def streams_of_head(self) -> int:
         return self.num_streams // self.num_kv_heads
+
+    @property
+    def first_wave(self) -> int:
+        """Rows whose first pieces come first, one a stream."""
+        return min(self.rows, self.streams_of_head)
+
+    @property
+    def messages(self) -> int:
+        """Pieces that a stream's loader may have announced and its products not be done with, and one."""
+        return self.stages + 2
+
+    @property
+    def end(self) -> int:
+        """The code behind the last piece's."""
+        return self.rows * PIECES
 
     @property
     def most(self) -> int:
         """Pieces of a row: as many as the page table's width needs and there is room for."""
-        capacity = -(-self.max_pages * self.page_len // self.shortest)
-        return max(1, min(PIECES, capacity, MAX_PARTIALS // (self.rows * self.num_kv_heads)))
+        needed = int(self.wanted(self.max_pages * self.page_len // UNIT, max, min, lambda a, b: a // b))
+        return max(1, min(PIECES, needed, MAX_PARTIALS // (self.rows * self.num_kv_heads)))
+
+    def wanted(self, units, larger, smaller, divide):
+        """Pieces of a row, were there room for any number; in the arithmetic that is given."""
+        least, longest, few = (n // UNIT for n in (self.tokens.least, self.tokens.most, self.tokens.few))
+        count = larger(smaller(divide(units, least), self.tokens.enough), divide(units, longest))
+        return larger(count, smaller(divide(units, few), self.streams_of_head // self.rows))
 
     def cut(self, units):
         """(pieces, units of each but the last) of rows of so many units; an array or a scalar."""
-        count = jnp.minimum(_ceil(units, self.shortest // UNIT), self.most)
+        count = jnp.clip(self.wanted(units, jnp.maximum, jnp.minimum, _divide), 1, self.most)
         length = _ceil(_ceil(units, count), TILE_UNITS) * TILE_UNITS
         return _ceil(units, length), length
 
 
+def _divide(dividend, divisor):
+    return lax.div(dividend, jnp.broadcast_to(jnp.asarray(divisor, jnp.int32), jnp.shape(dividend)))
+
+
 def _ceil(dividend, divisor):
-    divisor = jnp.asarray(divisor, jnp.int32)
-    return lax.div(dividend + (divisor - 1), jnp.broadcast_to(divisor, jnp.shape(dividend)))
+    return _divide(dividend + (jnp.asarray(divisor, jnp.int32) - 1), divisor)
 
 
 def bounds(start_pos, num_tokens, sliding_window: int | None):
@@ -103,33 +140,26 @@ def bounds(start_pos, num_tokens, sliding_window: int | None):
 
 
 def decode_plan(start_pos, num_tokens, shape: Decode) -> jax.Array:
-    """Where every range begins and ends, in XLA: for the interpreter, and to test `paged_decode_share.plan_program`.
+    """A head's pieces in the order in which they are taken: for the interpreter, and to test `paged_decode_queue`.
 
     Returns:
-      `[ranges, 2]` int32, row * PIECES + piece; rows * PIECES behind the last.
+      `[rows * most + 2 * streams_of_head]` int32, row * PIECES + piece; `end` behind the last.
     """
-    units = bounds(start_pos, num_tokens, shape.sliding_window)[2]
-    count, length = shape.cut(units)
-    tiles = _ceil(units, TILE_UNITS)
-    ends = jnp.cumsum(tiles)
-    share, longest = _ceil(ends[-1], shape.ranges), tiles.max()
-    whole = _ceil(share, longest) * longest
-    share = jnp.where(whole - share <= share // SPARE, whole, share)
-    position = jnp.arange(shape.ranges + 1, dtype=jnp.int32) * share
-    row = jnp.sum(ends[None, :] <= position[:, None], axis=1, dtype=jnp.int32)
-    inside = jnp.minimum(row, shape.rows - 1)
-    piece = _ceil(position - (ends - tiles)[inside], length[inside] // TILE_UNITS)
-    codes = jnp.where(piece < count[inside], inside * PIECES + piece, (inside + 1) * PIECES)
-    codes = jnp.where(row < shape.rows, codes, shape.rows * PIECES)
-    return jnp.stack([codes[:-1], codes[1:]], axis=1).astype(jnp.int32)
+    count, length = shape.cut(bounds(start_pos, num_tokens, shape.sliding_window)[2])
+    rank = (CLASSES - 1) - _divide(length * CLASSES - 1, length.max())
+    row, piece = (grid.reshape(-1) for grid in jnp.indices((shape.rows, shape.most), dtype=jnp.int32))
+    first = (piece == 0) & (row < shape.first_wave)
+    rank = jnp.where(first, -1, jnp.where(piece < count[row], rank[row], CLASSES))
+    codes = jnp.where(rank < CLASSES, row * PIECES + piece, shape.end)
+    return jnp.pad(codes[jnp.argsort(rank)], (0, 2 * shape.streams_of_head), constant_values=shape.end)
 
 
 def merge_partials(out, acc, maxima_sums, start_pos, num_tokens, sinks, v_scale, shape: Decode):
-    """What the last stream of each row and head does, in XLA: for the interpreter, which has no atomics.
+    """What the stream that ends a row's last piece does, in XLA: for the interpreter, which has no atomics.
 
     Args:
-      out: `[rows, Q, H]`, right where one stream did all of a row.
-      acc: `[rows, G, pieces, H, columns]` float32; the first of a row may be of several pieces.
+      out: `[rows, Q, H]`, right where a row is one piece.
+      acc: `[rows, G, pieces, H, columns]` float32.
       maxima_sums: `[rows, G, pieces, 2, columns]` float32, their maxima (log2) and sums.
       sinks: `[G, Q / G]` float32, in log2; MASKED for none.
 
@@ -137,17 +167,10 @@ def merge_partials(out, acc, maxima_sums, start_pos, num_tokens, sinks, v_scale,
       `[rows, Q, H]`.
     """
     count, _ = shape.cut(bounds(start_pos, num_tokens, shape.sliding_window)[2])
-    begins = decode_plan(start_pos, num_tokens, shape)[:, 0]
-    group, most = shape.group, acc.shape[2]
-    merged, cut = [], []
+    group, index = shape.group, jnp.arange(acc.shape[2])
+    merged = []
     for row in range(shape.rows):
-        # The first piece that a stream begins with inside the row: those before it are in the first partial result.
-        piece = begins - row * PIECES
-        inside = jnp.where((piece > 0) & (piece < count[row]), piece, PIECES)
-        cover = inside.min()
-        cut.append(cover < PIECES)
-        index = jnp.arange(most)
-        mine = ((index == 0) | ((index >= cover) & (index < count[row])))[:, None]
+        mine = (index < count[row])[:, None]
         for head in range(shape.num_kv_heads):
             skipped = max(0, row * shape.num_heads + head * group - (shape.flat_rows - shape.columns))  # see `place`
             own = slice(skipped, skipped + group)
@@ -159,4 +182,4 @@ def merge_partials(out, acc, maxima_sums, start_pos, num_tokens, sinks, v_scale,
             parts = jnp.where(mine[:, None], acc[row, head][..., own] * weight[:, None], 0).sum(0)
             merged.append(parts * v_scale / total)
     result = jnp.stack(merged).swapaxes(1, 2).reshape(out.shape).astype(out.dtype)
-    return jnp.where(jnp.stack(cut)[:, None, None], result, out)
+    return jnp.where((count > 1)[:, None, None], result, out)

@@ -1,7 +1,6 @@
-"""A stream of decode attention: which pieces of which rows are its own, and the warpgroup that loads their pages."""
+"""A stream of decode attention: which pieces are its own, and the warpgroup that loads their pages."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,7 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels import paged_decode_plan as planning
-from jmoe.pallas_kernels import paged_decode_share as sharing
+from jmoe.pallas_kernels import paged_decode_queue as queue
+from jmoe.pallas_kernels import simt
 from jmoe.pallas_kernels.paged_decode_plan import PIECES, TILE_UNITS, UNIT, Decode
 
 
@@ -20,14 +20,17 @@ def num_tiles(units):
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """One warpgroup's view of it.
+    """What both warpgroups know of it.
 
     Attributes:
       shape: of the call.
-      number, head: of the stream, and its KV head.
+      number, head: of the stream among its head's, and its KV head.
       start_g, tokens_g: positions and numbers of the rows' new tokens.
       plan_g: `decode_plan`, of the interpreter alone.
-      words_s: what the warpgroup worked out, `[WORDS]` int32.
+      counters_g: of the head.
+      words_s, rows_s: what the stream worked out, `[WORDS]` and `[rows]` int32.
+      messages_s: the pieces that were announced, `[messages]` int32.
+      announced: barriers, one a message.
     """
 
     shape: Decode
@@ -36,56 +39,70 @@ class Stream:
     start_g: Any
     tokens_g: Any
     plan_g: Any
+    counters_g: Any
     words_s: Any
-
-    def ends(self):
-        """Row and piece where the range begins and ends; read wherever they are needed, to save registers."""
-        if self.shape.interpret:
-            codes = [self.plan_g[lax.div(self.number, jnp.int32(self.shape.num_kv_heads)), i] for i in (0, 1)]
-        else:
-            codes = [self.words_s[i] for i in (sharing.BEGIN, sharing.END)]
-        return [(lax.div(code, jnp.int32(PIECES)), lax.rem(code, jnp.int32(PIECES))) for code in codes]
+    rows_s: Any
+    messages_s: Any
+    announced: Any
 
     def bounds(self, row):
         tokens = 1 if self.tokens_g is None else self.tokens_g[row]
         return planning.bounds(self.start_g[row], tokens, self.shape.sliding_window)
 
-    def pieces(self, row, units):
-        """First piece of a row that is the stream's, the one behind its last; all of them, and units of each."""
+    def extent(self, code):
+        """Of a piece: its row, its number, how many the row has, its first unit behind `low`, units, low and high."""
+        row, piece = lax.div(code, jnp.int32(PIECES)), lax.rem(code, jnp.int32(PIECES))
+        low, high, units = self.bounds(row)
         count, each = self.shape.cut(units)
-        (first_row, first_piece), (end_row, end_piece) = self.ends()
-        first = jnp.where(row == first_row, first_piece, 0)
-        return first, jnp.where(row == end_row, end_piece, count), count, each
+        return row, piece, count, piece * each, jnp.minimum(each, units - piece * each), low, high
 
-    def walk(self, fetch, segment):
-        """segment(row, fetched, tile) for what the stream has of each row; how many tiles there were."""
+    def plan(self):
+        operands = [self.start_g, *([] if self.tokens_g is None else [self.tokens_g]), self.words_s, self.rows_s]
+        simt.program(queue.plan_program(self.shape, self.tokens_g is not None), *operands)
+        simt.program(queue.open_program(self.shape), self.counters_g)
 
-        def step(state):
-            row, tile, fetched = state
-            ahead = fetch(jnp.minimum(row + 1, self.shape.rows - 1))
-            return row + 1, tile + segment(row, fetched, tile), ahead
+    def take(self):
+        """Asks for the next piece; `find` says which it is."""
+        simt.program(queue.take_program(self.shape), self.counters_g, self.words_s)
 
-        (first_row, _), (end_row, end_piece) = self.ends()
-        last_row = jnp.where(end_piece > 0, end_row, end_row - 1)
-        start = first_row, jnp.int32(0), fetch(jnp.minimum(first_row, self.shape.rows - 1))
-        return lax.while_loop(lambda state: state[0] <= last_row, step, start)[1]
+    def find(self):
+        simt.program(queue.find_program(self.shape), self.counters_g, self.words_s, self.rows_s)
+        return self.words_s[queue.CODE]
+
+    def message(self, count):
+        return lax.rem(count, jnp.int32(self.shape.messages))
+
+    def announced_code(self, count):
+        """The piece number `count` of the stream, once it was announced."""
+        plgpu.barrier_wait(self.announced.at[self.message(count)])
+        if self.shape.interpret:
+            return self.plan_g[self.number + count * self.shape.streams_of_head]
+        return self.messages_s[self.message(count)]
 
 
-def load_pages(stream: Stream, table_g, sides, behind: Callable[[], None]) -> None:
+def load_pages(stream: Stream, planned, table_g, queries, sides) -> None:
     """Brings all tiles of a stream; leaves no barrier with a phase that nobody saw.
 
     Args:
+      planned: the barrier of the stream's plan.
       table_g: `[rows, max_pages]`.
+      queries: (q `[rows * Q, H]` in memory, a row's and head's first there, their places in shared memory).
       sides: (pages in memory, their tiles in shared memory, barriers of full and of free tiles) of keys and of values.
-      behind: called when all were asked for, before the last ones are there.
     """
     shape, stages = stream.shape, stream.shape.stages
 
-    def segment(row, fetched, tile):
-        low, _, units = fetched
-        first, last, _, each = stream.pieces(row, units)
-        base = lax.div(low, jnp.int32(UNIT)) + first * each
-        length = jnp.minimum(last * each, units) - first * each
+    def tell(count, code):
+        if not shape.interpret:
+            simt.program(queue.announce_program(shape), stream.messages_s, words=(stream.message(count), code))
+
+    def load_piece(count, tile, code):
+        """How many tiles it has. The next ticket is drawn before the last one, to be there behind it."""
+        tell(count, code)
+        q_g, first_query, q_s = queries
+        row, _, _, first, length, low, _ = stream.extent(code)
+        at = stream.message(count)
+        plgpu.copy_gmem_to_smem(q_g.at[pl.ds(first_query(row), shape.columns)], q_s.at[at], stream.announced.at[at])
+        base, tiles = lax.div(low, jnp.int32(UNIT)) + first, num_tiles(length)
 
         def load(i, _):
             slot = lax.rem(tile + i, jnp.int32(stages))
@@ -94,6 +111,8 @@ def load_pages(stream: Stream, table_g, sides, behind: Callable[[], None]) -> No
                 token = (base + jnp.minimum(i * TILE_UNITS + j, length - 1)) * UNIT
                 page = table_g[row, lax.div(token, jnp.int32(shape.page_len))]
                 where.append((page, pl.ds(lax.rem(token, jnp.int32(shape.page_len)), UNIT), stream.head))
+            if not shape.interpret:
+                pl.when(i == tiles - 1)(stream.take)
             for pages, smem, full, free in sides:
 
                 @pl.when(tile + i >= stages)
@@ -104,11 +123,47 @@ def load_pages(stream: Stream, table_g, sides, behind: Callable[[], None]) -> No
                     to = smem.at[slot, pl.ds(j * UNIT, UNIT)]
                     plgpu.copy_gmem_to_smem(pages.at[cells], to, full.at[slot])
 
-        lax.fori_loop(0, num_tiles(length), load, None)
-        return num_tiles(length)
+        lax.fori_loop(0, tiles, load, None)
+        return tiles
 
-    brought = stream.walk(stream.bounds, segment)
-    behind()
+    def begin():
+        """A row of the first wave, or what comes behind it."""
+
+        def behind():
+            plgpu.barrier_wait(planned)
+            simt.program(queue.begin_program(shape), stream.words_s)
+            return stream.find()
+
+        if shape.interpret:
+            return stream.plan_g[stream.number]
+        return lax.cond(stream.number < shape.first_wave, lambda: stream.number * PIECES, behind)
+
+    def following(count):
+        if shape.interpret:
+            return stream.plan_g[stream.number + count * shape.streams_of_head]
+
+        @pl.when((count == 1) & (stream.number < shape.first_wave))
+        def _():
+            plgpu.barrier_wait(planned)
+
+        return stream.find()
+
+    def step(state):
+        count, tile, code = state
+        tile = tile + load_piece(count, tile, code)
+        return count + 1, tile, following(count + 1)
+
+    start = jnp.int32(0), jnp.int32(0), begin()
+    count, brought, _ = lax.while_loop(lambda state: state[2] < shape.end, step, start)
+    tell(count, jnp.int32(shape.end))
+    plgpu.barrier_arrive(stream.announced.at[stream.message(count)])
+    if not shape.interpret:
+
+        @pl.when(count == 0)
+        def _():
+            stream.take()
+            stream.find()
+
     for last in range(1, stages + 1):
 
         @pl.when(brought >= last)

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels import paged_attention as public
 from jmoe.pallas_kernels import paged_decode_plan as planning
-from jmoe.pallas_kernels import paged_decode_share as sharing
+from jmoe.pallas_kernels import paged_decode_queue as queue
 from jmoe.pallas_kernels import simt
 from jmoe.pallas_kernels.paged_attention import paged_attention
 
@@ -32,22 +32,23 @@ def units_of(start_pos, num_tokens, window):
         yield max(1, -(-(start + tokens) // 16) - low // 16)
 
 
-def shape_of(rows, num_kv_heads=1, ranges=3, window=None, max_pages=256, shortest=128):
+def shape_of(rows, num_kv_heads=1, streams=3, window=None, max_pages=256, tokens=planning.Cut(least=128, few=64)):
     heads, kinds = (2 * num_kv_heads, num_kv_heads), (jnp.bfloat16, jnp.bfloat16)
-    streams = ranges * num_kv_heads
-    return planning.Decode(rows, *heads, 64, 16, max_pages, streams, 2, window, None, *kinds, True, shortest)
+    return planning.Decode(
+        rows, *heads, 64, 16, max_pages, streams * num_kv_heads, 2, window, None, *kinds, True, tokens
+    )
 
 
 @pytest.mark.parametrize(
-    ("rows", "num_kv_heads", "ranges", "window", "with_tokens"),
+    ("rows", "num_kv_heads", "streams", "window", "with_tokens"),
     [
         (1, 1, 7, 1000, True), (3, 2, 5, 1, True), (130, 8, 4, None, True), (300, 1, 8, 100, False),
-        (128, 2, 66, 20, True), (128, 1, 65, 70, False),
+        (128, 2, 66, 20, True), (40, 1, 65, 700, False),
     ],
 )  # fmt: skip
-def test_ranges_share_all_tiles_alike(monkeypatch, rows, num_kv_heads, ranges, window, with_tokens):
-    """Thread by thread, against a walk over a list of all tiles; the XLA form of the plan too."""
-    shape = shape_of(rows, num_kv_heads, ranges, window)
+def test_every_piece_is_taken_once_the_longest_first(monkeypatch, rows, num_kv_heads, streams, window, with_tokens):
+    """Thread by thread, against a list of all pieces; the XLA form of the order too."""
+    shape = shape_of(rows, num_kv_heads, streams, window)
     rng = np.random.default_rng(rows)
     start_pos = rng.integers(0, 4000, rows).astype(np.int32)
     num_tokens = rng.integers(0, 2, rows).astype(np.int32) if with_tokens else np.ones(rows, np.int32)
@@ -55,55 +56,63 @@ def test_ranges_share_all_tiles_alike(monkeypatch, rows, num_kv_heads, ranges, w
     counts, lengths = (np.asarray(a) for a in jax.jit(shape.cut)(units))
     assert (counts >= 1).all() and counts.max() <= shape.most and (lengths % planning.TILE_UNITS == 0).all()
     assert ((counts - 1) * lengths < units).all() and (counts * lengths >= units).all()
-    # What begins at each tile, and the next piece's begin behind each tile.
-    tiles = [
-        row * planning.PIECES + tile * planning.TILE_UNITS / lengths[row]
-        for row in range(rows)
-        for tile in range(-(-units[row] // planning.TILE_UNITS))
-    ]
-    begins = [row * planning.PIECES + piece for row in range(rows) for piece in range(counts[row])]
-    begins.append(rows * planning.PIECES)
-    share, longest = -(-len(tiles) // ranges), -(-units.max() // planning.TILE_UNITS)
-    whole = -(-share // longest) * longest
-    share = whole if whole - share <= share // planning.SPARE else share
-    positions = [tiles[i] if i < len(tiles) else begins[-1] for i in range(0, (ranges + 1) * share, share)]
-    want = [next(begin for begin in begins if begin >= position) for position in positions]
+    wave = min(rows, streams)
+    others = [(row, piece) for row in range(rows) for piece in range(int(row < wave), counts[row])]
+    others.sort(key=lambda item: -((8 * lengths[item[0]] - 1) // lengths.max()))  # eighths of the longest; stable
+    want = [row * planning.PIECES for row in range(wave)] + [row * planning.PIECES + piece for row, piece in others]
+    plain = jax.jit(planning.decode_plan, static_argnums=2)(start_pos, num_tokens, shape).tolist()
+    assert plain == want + [shape.end] * (len(plain) - len(want)) and len(plain) >= len(want) + 2 * streams
 
+    tickets = [*range(wave - streams, 0), *range(max(len(want), streams))]  # streams behind the first wave: below 0
+    codes, counters = taken(monkeypatch, shape, start_pos, num_tokens if with_tokens else None, tickets)
+    assert codes == [want[i] if i < len(want) else shape.end for i in (ticket + streams for ticket in tickets)]
+    assert not counters.any()
+
+
+def taken(monkeypatch, shape, start_pos, num_tokens, tickets):
+    """The pieces that one stream finds for these tickets, and its counters, of 7 and not wiped before the last one."""
     simt_emulator.install(monkeypatch)
-    plan = sharing.plan_program(shape, with_tokens)
+    plan, find = queue.plan_program(shape, num_tokens is not None), queue.find_program(shape)
 
     def program(*pointers):
-        plan(*pointers[:-1], pointers[-1].skip(simt.block(), 4 * sharing.WORDS))
+        *given, words, rows, counters, codes = pointers
+        counters.store(0, 7)
+        counters.store(1, 7)
+        plan(*given, words, rows)
+        for i, ticket in enumerate(tickets):
+            words.store(queue.TICKET, ticket)
+            find(counters, words, rows)
+            codes.store(i, words.load(queue.CODE))
 
+    sizes = queue.WORDS, shape.rows, 2, len(tickets)
     run = plgpu.kernel(
         lambda *refs: simt.program(program, *refs),
-        out_type=jax.ShapeDtypeStruct((shape.num_streams, sharing.WORDS), jnp.int32),
-        grid=(shape.num_streams,),
+        out_type=tuple(jax.ShapeDtypeStruct((size,), jnp.int32) for size in sizes),
+        grid=(1,),
     )
-    words = run(start_pos, *([num_tokens] if with_tokens else []))
-    ends = [want[i : i + 2] for i in range(ranges)]
-    assert words[:, :2].tolist() == [end for end in ends for _ in range(num_kv_heads)]
-    plain = jax.jit(planning.decode_plan, static_argnums=2)(start_pos, num_tokens, shape)
-    assert plain.tolist() == ends
+    _, _, counters, codes = run(start_pos, *([] if num_tokens is None else [num_tokens]))
+    return codes.tolist(), counters
 
 
-def test_rows_of_one_length_stay_whole():
-    """Where that leaves few ranges idle: 128 rows of 17 tiles for 66 ranges, but not 66 of them for 64."""
-    start_pos = jnp.full((128,), 1050, jnp.int32)
-    plan = planning.decode_plan(start_pos, 1, shape_of(128, 4, 66)).tolist()
-    assert plan == [[min(n, 128) * planning.PIECES for n in (i, i + 2)] for i in range(0, 132, 2)]
-    codes = np.asarray(planning.decode_plan(start_pos[:66], 1, shape_of(66, 4, 64)))
-    assert (codes % planning.PIECES).any()
+def test_who_draws_the_last_ticket_wipes_the_marks(monkeypatch):
+    """Of 5 streams for 3 rows of one piece each five draw, of 2 for them three."""
+    start_pos = np.full(3, 20, np.int32)
+    for streams, last in ((5, 4), (2, 2)):
+        shape = shape_of(3, streams=streams)
+        for drawn in range(last + 2):
+            _, counters = taken(monkeypatch, shape, start_pos, None, [drawn])
+            assert counters.any() == (drawn != last)
 
 
-def test_a_row_is_cut_alike_whatever_its_neighbours():
-    """And into more pieces the longer it is, never more than there is room for."""
-    shape = shape_of(4, 2, 33, max_pages=8192, shortest=planning.SHORTEST)
-    units = np.array([1, 8, 9, 70, 300, 8192], np.int32)
+@pytest.mark.parametrize(("rows", "pieces"), [(4, [1, 1, 1, 4, 8, 16, 64]), (40, [1, 1, 1, 1, 6, 16, 64])])
+def test_a_row_is_cut_alike_whatever_its_neighbours(rows, pieces):
+    """And into more pieces the longer it is, never more than there is room for; a few rows into more."""
+    shape = shape_of(rows, 2, 33, max_pages=8192, tokens=planning.Cut())
+    units = np.array([1, 15, 16, 70, 300, 2048, 8192], np.int32)
     together = [np.asarray(a) for a in shape.cut(jnp.asarray(units))]
     alone = [[int(a) for a in shape.cut(jnp.int32(n))] for n in units]
     assert np.stack(together, axis=1).tolist() == alone
-    assert together[0].tolist() == [1, 1, 1, 2, 7, 32]
+    assert together[0].tolist() == pieces
 
 
 @pytest.fixture
@@ -114,7 +123,7 @@ def interpreted(monkeypatch):
     from jax._src.pallas.mosaic_gpu.interpret import params
 
     monkeypatch.setattr(public, "num_sms", lambda: 3)
-    interpret = functools.partial(public._pallas_decode, interpret=True, shortest=128)
+    interpret = functools.partial(public._pallas_decode, interpret=True, tokens=planning.Cut(least=128, few=64))
     monkeypatch.setattr(public, "_pallas_decode", interpret)
     with params.force_gpu_interpret_mode():
         yield
