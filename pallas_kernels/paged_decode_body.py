@@ -45,9 +45,9 @@ def body_of(shape: Decode):
     soft_cap = shape.logit_soft_cap
 
     def body(
-        q_g, k_g, v_g, table_g, start_g, tokens_g, k_scale_g, v_scale_g, sinks_g, plan_g,
+        q_g, k_g, v_g, table_g, start_g, tokens_g, k_scale_g, v_scale_g, sinks_g, whole_g, plan_g,
         out_g, acc_g, ml_g, counters_g,
-        k_s, v_s, wide_s, raw_q_s, q_s, p_s, o_s, words_s, rows_s, messages_s,
+        k_s, v_s, wide_s, raw_q_s, q_s, p_s, o_s, run_s, run_ml_s, words_s, rows_s, messages_s,
         k_full, v_full, k_free, v_free, announced, planned,
     ):  # fmt: skip
         block, role = lax.axis_index("stream"), lax.axis_index("wg")
@@ -56,8 +56,9 @@ def body_of(shape: Decode):
             plgpu.griddepcontrol_launch_dependents()
         head, number = lax.rem(block, jnp.int32(num_kv_heads)), lax.div(block, jnp.int32(num_kv_heads))
         stream = Stream(
-            shape, number, head, start_g, tokens_g, plan_g, counters_g.at[head], words_s, rows_s, messages_s, announced
-        )
+            shape, number, head, start_g, tokens_g, whole_g, plan_g, counters_g.at[head],
+            words_s, rows_s, messages_s, announced,
+        )  # fmt: skip
 
         def place(row):
             """Rows of q that fill the columns, and how many of the first ones belong to others."""
@@ -128,20 +129,32 @@ def body_of(shape: Decode):
                 rounds = lax.div(count + (at_once - 1), jnp.int32(at_once))
                 write(row, *lax.fori_loop(0, rounds, step, (_filled(0, (head_dim, n), LAYOUT), *none)))
 
-            def end(row, piece, count, found):
-                """Of a piece: the row's result, or a partial one; who ends the row's last adds them up."""
+            def run():
+                """The sum of a row's earlier pieces."""
+                return (
+                    plgpu.load(run_s, (), layout=LAYOUT, optimized=False),
+                    *(plgpu.load(run_ml_s.at[i], (), layout=BY_HEAD, optimized=False) for i in (0, 1)),
+                )
 
-                @pl.when(count == 1)
+            def end(row, piece, count, found):
+                """Of a piece: added up where the row is one item, else a partial result; who ends the last adds those up."""
+                whole = stream.whole(row)
+                found = lax.cond(whole & (piece > 0), lambda: add(run(), found), lambda: found)
+
+                @pl.when(whole & (piece == count - 1))
                 def _():
                     write(row, *found)
 
-                @pl.when(count > 1)
+                @pl.when(whole & (piece < count - 1))
+                def _():
+                    run_s[...], run_ml_s[0], run_ml_s[1] = found
+
+                @pl.when(jnp.logical_not(whole))
                 def _():
                     keep(row, piece, *found)
-                    if shape.interpret:
-                        return
-                    simt.program(queue.ended_program(shape), stream.counters_g, words_s, words=(row,))
-                    pl.when(words_s[queue.BEFORE] == count - 1)(lambda: merge(row, count))
+                    if not shape.interpret:
+                        simt.program(queue.ended_program(shape), stream.counters_g, words_s, words=(row, count))
+                        pl.when(words_s[queue.BEFORE] == count - 1)(lambda: merge(row, count))
 
             def widened(pages, slot, free):
                 """Float8 pages as wgmma reads them."""
@@ -235,9 +248,9 @@ def body_of(shape: Decode):
             def step(state):
                 count, tile, code = state
                 tile = tile + attend_to(code, stream.message(count), tile)
-                return count + 1, tile, stream.announced_code(count + 1)
+                return count + 1, tile, stream.heard(count + 1)
 
-            start = jnp.int32(0), jnp.int32(0), stream.announced_code(jnp.int32(0))
+            start = jnp.int32(0), jnp.int32(0), stream.heard(jnp.int32(0))
             lax.while_loop(lambda state: state[2] < shape.end, step, start)
             plgpu.wait_smem_to_gmem(0)
 

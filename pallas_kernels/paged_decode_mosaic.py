@@ -53,7 +53,8 @@ def paged_decode(
     log2_sinks = None if sinks is None else jnp.pad(sinks * LOG2E, shape.columns)
     tokens = 1 if num_tokens is None else num_tokens
     plan = planning.decode_plan(start_pos, tokens, shape) if interpret else None
-    operands = (flat, k_pages, v_pages, page_table, start_pos, num_tokens, *scales, log2_sinks, plan)
+    planned = (plan.whole, plan.codes) if plan else (None, None)
+    operands = (flat, k_pages, v_pages, page_table, start_pos, num_tokens, *scales, log2_sinks, *planned)
     out, acc, maxima_sums, _ = _kernel(shape)(*operands)
     if not interpret:
         return out
@@ -79,7 +80,7 @@ def _kernel(shape: Decode):
             jax.ShapeDtypeStruct((shape.rows, shape.num_heads, head_dim), shape.out_dtype),
             jax.ShapeDtypeStruct((*pieces, head_dim, n), jnp.float32),
             jax.ShapeDtypeStruct((*pieces, 2, n), jnp.float32),
-            jax.ShapeDtypeStruct((shape.num_kv_heads, num_counters(shape.rows)), jnp.int32),
+            jax.ShapeDtypeStruct((shape.num_kv_heads, 2 * num_counters(shape.rows)), jnp.int32),
         ),
         grid=(streams,),
         grid_names=("stream",),
@@ -94,6 +95,8 @@ def _kernel(shape: Decode):
             tiles(n, head_dim, dtype=shape.dtype),
             tiles(n, TILE, dtype=shape.dtype),
             plgpu.SMEM((n, head_dim), shape.out_dtype),
+            plgpu.SMEM((head_dim, n), jnp.float32),
+            plgpu.SMEM((2, n), jnp.float32),
             plgpu.SMEM((WORDS,), jnp.int32),
             plgpu.SMEM((shape.rows,), jnp.int32),
             plgpu.SMEM((shape.messages,), jnp.int32),

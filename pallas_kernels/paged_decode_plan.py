@@ -4,11 +4,11 @@ A unit is 16 tokens of one row, a piece some tiles of 64: where a row is cut int
 the call's sizes. Each piece is attended to by itself, and the pieces of a row are added up one by one in order of
 position. So no neighbour of a row changes a bit of its result, whoever attends to its pieces.
 
-A stream is a thread block of one KV head, and whenever it has asked for all of a piece it takes the head's next one: the
-memory is busy until the last are taken, whatever the streams' speeds. The first pieces of the first rows come first,
-one a stream, as a stream can begin with them before it knows any other row's length; then all others, the longest first,
-so that those taken last are short (`paged_decode_queue`). Streams that run side by side have the same pieces of
-neighbouring heads: a head's part of a token is 128 or 256 bytes, little for DRAM to open a row for.
+A stream is a thread block of one KV head, and whenever it has asked for all of an item it takes the head's next one: the
+memory is busy until the last are taken, whatever the streams' speeds. An item is a piece, or all pieces of a row that is
+not long beside the others: those need no partial results. The first items of the first rows come first, one a stream,
+as a stream can begin with them before it knows any other row's length; then all others, the longest first, so that
+those taken last are short (`paged_decode_queue`).
 """
 
 import dataclasses
@@ -36,12 +36,15 @@ class Cut:
       enough: pieces of a row, but for rows longer than so many of `most`.
       most: of a piece in longer rows.
       few: of a piece, at least, where the rows alone don't give each stream one.
+      whole: of a row that is one item, at most, if it has no more than half as many again as a stream's share; half the
+        share always is.
     """
 
     least: int = 768
     enough: int = 8
     most: int = 2048
     few: int = 256
+    whole: int = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +120,11 @@ class Decode:
         count = larger(smaller(divide(units, least), self.tokens.enough), divide(units, longest))
         return larger(count, smaller(divide(units, few), self.streams_of_head // self.rows))
 
+    def whole_tiles(self, total, larger, smaller, divide):
+        """Of a row that is one item, at most, among so many of all rows; in the arithmetic that is given."""
+        share = divide(total, self.streams_of_head)
+        return larger(divide(share, 2), smaller(share + divide(share, 2), self.tokens.whole // TILE))
+
     def cut(self, units):
         """(pieces, units of each but the last) of rows of so many units; an array or a scalar."""
         count = jnp.clip(self.wanted(units, jnp.maximum, jnp.minimum, _divide), 1, self.most)
@@ -139,26 +147,39 @@ def bounds(start_pos, num_tokens, sliding_window: int | None):
     return low, high, jnp.maximum((high + UNIT - 1) // UNIT - low // UNIT, 1)
 
 
-def decode_plan(start_pos, num_tokens, shape: Decode) -> jax.Array:
-    """A head's pieces in the order in which they are taken: for the interpreter, and to test `paged_decode_queue`.
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A head's items, in XLA: for the interpreter, and to test `paged_decode_queue`.
 
-    Returns:
-      `[rows * most + 2 * streams_of_head]` int32, row * PIECES + piece; `end` behind the last.
+    Attributes:
+      whole: `[rows]` int32, 1 where a row is one item.
+      codes: `[rows * most + 2 * streams_of_head]` int32, row * PIECES + piece of the items in the order in which they
+        are taken; `end` behind the last.
     """
-    count, length = shape.cut(bounds(start_pos, num_tokens, shape.sliding_window)[2])
+
+    whole: jax.Array
+    codes: jax.Array
+
+
+def decode_plan(start_pos, num_tokens, shape: Decode) -> Plan:
+    units = bounds(start_pos, num_tokens, shape.sliding_window)[2]
+    count, length = shape.cut(units)
+    tiles = _ceil(units, TILE_UNITS)
+    whole = (count == 1) | (tiles <= shape.whole_tiles(tiles.sum(), jnp.maximum, jnp.minimum, _divide))
+    count, length = jnp.where(whole, 1, count), jnp.where(whole, tiles * TILE_UNITS, length)
     rank = (CLASSES - 1) - _divide(length * CLASSES - 1, length.max())
     row, piece = (grid.reshape(-1) for grid in jnp.indices((shape.rows, shape.most), dtype=jnp.int32))
     first = (piece == 0) & (row < shape.first_wave)
     rank = jnp.where(first, -1, jnp.where(piece < count[row], rank[row], CLASSES))
-    codes = jnp.where(rank < CLASSES, row * PIECES + piece, shape.end)
-    return jnp.pad(codes[jnp.argsort(rank)], (0, 2 * shape.streams_of_head), constant_values=shape.end)
+    codes = jnp.where(rank < CLASSES, row * PIECES + piece, shape.end)[jnp.argsort(rank)]
+    return Plan(whole.astype(jnp.int32), jnp.pad(codes, (0, 2 * shape.streams_of_head), constant_values=shape.end))
 
 
 def merge_partials(out, acc, maxima_sums, start_pos, num_tokens, sinks, v_scale, shape: Decode):
     """What the stream that ends a row's last piece does, in XLA: for the interpreter, which has no atomics.
 
     Args:
-      out: `[rows, Q, H]`, right where a row is one piece.
+      out: `[rows, Q, H]`, right where a row is one item.
       acc: `[rows, G, pieces, H, columns]` float32.
       maxima_sums: `[rows, G, pieces, 2, columns]` float32, their maxima (log2) and sums.
       sinks: `[G, Q / G]` float32, in log2; MASKED for none.
@@ -167,6 +188,7 @@ def merge_partials(out, acc, maxima_sums, start_pos, num_tokens, sinks, v_scale,
       `[rows, Q, H]`.
     """
     count, _ = shape.cut(bounds(start_pos, num_tokens, shape.sliding_window)[2])
+    whole = decode_plan(start_pos, num_tokens, shape).whole
     group, index = shape.group, jnp.arange(acc.shape[2])
     merged = []
     for row in range(shape.rows):
@@ -182,4 +204,4 @@ def merge_partials(out, acc, maxima_sums, start_pos, num_tokens, sinks, v_scale,
             parts = jnp.where(mine[:, None], acc[row, head][..., own] * weight[:, None], 0).sum(0)
             merged.append(parts * v_scale / total)
     result = jnp.stack(merged).swapaxes(1, 2).reshape(out.shape).astype(out.dtype)
-    return jnp.where((count > 1)[:, None, None], result, out)
+    return jnp.where(whole[:, None, None], out, result)

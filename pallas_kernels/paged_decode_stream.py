@@ -26,7 +26,7 @@ class Stream:
       shape: of the call.
       number, head: of the stream among its head's, and its KV head.
       start_g, tokens_g: positions and numbers of the rows' new tokens.
-      plan_g: `decode_plan`, of the interpreter alone.
+      whole_g, plan_g: `decode_plan`, of the interpreter alone.
       counters_g: of the head.
       words_s, rows_s: what the stream worked out, `[WORDS]` and `[rows]` int32.
       messages_s: the pieces that were announced, `[messages]` int32.
@@ -38,6 +38,7 @@ class Stream:
     head: Any
     start_g: Any
     tokens_g: Any
+    whole_g: Any
     plan_g: Any
     counters_g: Any
     words_s: Any
@@ -56,27 +57,36 @@ class Stream:
         count, each = self.shape.cut(units)
         return row, piece, count, piece * each, jnp.minimum(each, units - piece * each), low, high
 
-    def plan(self):
-        operands = [self.start_g, *([] if self.tokens_g is None else [self.tokens_g]), self.words_s, self.rows_s]
-        simt.program(queue.plan_program(self.shape, self.tokens_g is not None), *operands)
-        simt.program(queue.open_program(self.shape), self.counters_g)
+    def whole(self, row):
+        """Whether all of a row's pieces are one item."""
+        if self.shape.interpret:
+            return self.whole_g[row] == 1
+        return lax.rem(self.rows_s[row], jnp.int32(queue.HALF)) >= queue.WHOLE
 
-    def take(self):
-        """Asks for the next piece; `find` says which it is."""
-        simt.program(queue.take_program(self.shape), self.counters_g, self.words_s)
+    def plan(self):
+        given = [self.start_g, *([] if self.tokens_g is None else [self.tokens_g])]
+        program = queue.plan_program(self.shape, self.tokens_g is not None)
+        simt.program(program, *given, self.counters_g, self.words_s, self.rows_s)
+
+    def take(self, first, cut, row):
+        """Draws a ticket; `find` says which item it is for."""
+        words = first.astype(jnp.int32), cut.astype(jnp.int32), row
+        simt.program(queue.take_program(self.shape), self.counters_g, self.words_s, words=words)
 
     def find(self):
         simt.program(queue.find_program(self.shape), self.counters_g, self.words_s, self.rows_s)
         return self.words_s[queue.CODE]
 
+    def announce(self, count, code):
+        """Puts a piece, or `end`, where the other warpgroup looks once the message's barrier lets it."""
+        self.messages_s[self.message(count)] = code
+
     def message(self, count):
         return lax.rem(count, jnp.int32(self.shape.messages))
 
-    def announced_code(self, count):
-        """The piece number `count` of the stream, once it was announced."""
+    def heard(self, count):
+        """What was announced, once it was."""
         plgpu.barrier_wait(self.announced.at[self.message(count)])
-        if self.shape.interpret:
-            return self.plan_g[self.number + count * self.shape.streams_of_head]
         return self.messages_s[self.message(count)]
 
 
@@ -91,18 +101,25 @@ def load_pages(stream: Stream, planned, table_g, queries, sides) -> None:
     """
     shape, stages = stream.shape, stream.shape.stages
 
-    def tell(count, code):
-        if not shape.interpret:
-            simt.program(queue.announce_program(shape), stream.messages_s, words=(stream.message(count), code))
-
-    def load_piece(count, tile, code):
+    def load_piece(pieces, items, tile, code):
         """How many tiles it has. The next ticket is drawn before the last one, to be there behind it."""
-        tell(count, code)
+        row, piece, count, first, length, low, _ = stream.extent(code)
         q_g, first_query, q_s = queries
-        row, _, _, first, length, low, _ = stream.extent(code)
-        at = stream.message(count)
+        stream.announce(pieces, code)
+        at = stream.message(pieces)
         plgpu.copy_gmem_to_smem(q_g.at[pl.ds(first_query(row), shape.columns)], q_s.at[at], stream.announced.at[at])
         base, tiles = lax.div(low, jnp.int32(UNIT)) + first, num_tiles(length)
+
+        def draw():
+            @pl.when((pieces == 0) & (stream.number < shape.first_wave))
+            def _():
+                plgpu.barrier_wait(planned)
+
+            whole = stream.whole(row)
+
+            @pl.when(jnp.logical_not(whole) | (piece == count - 1))
+            def _():
+                stream.take(items == 0, jnp.logical_not(whole), row)
 
         def load(i, _):
             slot = lax.rem(tile + i, jnp.int32(stages))
@@ -112,7 +129,7 @@ def load_pages(stream: Stream, planned, table_g, queries, sides) -> None:
                 page = table_g[row, lax.div(token, jnp.int32(shape.page_len))]
                 where.append((page, pl.ds(lax.rem(token, jnp.int32(shape.page_len)), UNIT), stream.head))
             if not shape.interpret:
-                pl.when(i == tiles - 1)(stream.take)
+                pl.when(i == tiles - 1)(draw)
             for pages, smem, full, free in sides:
 
                 @pl.when(tile + i >= stages)
@@ -138,30 +155,26 @@ def load_pages(stream: Stream, planned, table_g, queries, sides) -> None:
             return stream.plan_g[stream.number]
         return lax.cond(stream.number < shape.first_wave, lambda: stream.number * PIECES, behind)
 
-    def following(count):
-        if shape.interpret:
-            return stream.plan_g[stream.number + count * shape.streams_of_head]
-
-        @pl.when((count == 1) & (stream.number < shape.first_wave))
-        def _():
-            plgpu.barrier_wait(planned)
-
-        return stream.find()
+    def next_item(items):
+        return stream.plan_g[stream.number + items * shape.streams_of_head] if shape.interpret else stream.find()
 
     def step(state):
-        count, tile, code = state
-        tile = tile + load_piece(count, tile, code)
-        return count + 1, tile, following(count + 1)
+        pieces, items, tile, code = state
+        tile = tile + load_piece(pieces, items, tile, code)
+        row, piece, count = stream.extent(code)[:3]
+        more = stream.whole(row) & (piece < count - 1)
+        items = items + jnp.where(more, 0, 1)
+        return pieces + 1, items, tile, lax.cond(more, lambda: code + 1, lambda: next_item(items))
 
-    start = jnp.int32(0), jnp.int32(0), begin()
-    count, brought, _ = lax.while_loop(lambda state: state[2] < shape.end, step, start)
-    tell(count, jnp.int32(shape.end))
-    plgpu.barrier_arrive(stream.announced.at[stream.message(count)])
+    start = jnp.int32(0), jnp.int32(0), jnp.int32(0), begin()
+    pieces, _, brought, _ = lax.while_loop(lambda state: state[3] < shape.end, step, start)
+    stream.announce(pieces, jnp.int32(shape.end))
+    plgpu.barrier_arrive(stream.announced.at[stream.message(pieces)])
     if not shape.interpret:
 
-        @pl.when(count == 0)
+        @pl.when(pieces == 0)
         def _():
-            stream.take()
+            stream.take(pieces == 0, pieces > 0, pieces)
             stream.find()
 
     for last in range(1, stages + 1):

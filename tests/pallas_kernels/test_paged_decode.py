@@ -14,14 +14,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jmoe.pallas_kernels import paged_attention as public
 from jmoe.pallas_kernels import paged_decode_plan as planning
 from jmoe.pallas_kernels import paged_decode_queue as queue
-from jmoe.pallas_kernels import simt
+from jmoe.pallas_kernels import simt, simt_marks
 from jmoe.pallas_kernels.paged_attention import paged_attention
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 import simt_emulator
 from test_paged_attention import batch_of, oracle
 
-LENGTHS = (1, 16, 17, 64, 150)
+LENGTHS = (1, 16, 17, 64, 150, 600)
 SINKS = np.array([-1.0, 0.5, 2.0, 0.0, 3.0, -2.0], np.float32)
 
 
@@ -32,76 +32,100 @@ def units_of(start_pos, num_tokens, window):
         yield max(1, -(-(start + tokens) // 16) - low // 16)
 
 
-def shape_of(rows, num_kv_heads=1, streams=3, window=None, max_pages=256, tokens=planning.Cut(least=128, few=64)):
+SHORT = planning.Cut(least=128, few=64, whole=256)
+
+
+def shape_of(rows, num_kv_heads=1, streams=3, window=None, max_pages=256, tokens=SHORT):
     heads, kinds = (2 * num_kv_heads, num_kv_heads), (jnp.bfloat16, jnp.bfloat16)
     return planning.Decode(
         rows, *heads, 64, 16, max_pages, streams * num_kv_heads, 2, window, None, *kinds, True, tokens
     )
 
 
+def items_of(shape, units):
+    """Which rows are one item, and (row, piece) of all items in their order, from the rows' units alone."""
+    counts, lengths = (np.asarray(a) for a in jax.jit(shape.cut)(units))
+    assert (counts >= 1).all() and counts.max() <= shape.most and (lengths % planning.TILE_UNITS == 0).all()
+    assert ((counts - 1) * lengths < units).all() and (counts * lengths >= units).all()
+    tiles = -(-units // planning.TILE_UNITS)
+    share = tiles.sum() // shape.streams_of_head
+    whole = (counts == 1) | (tiles <= share // 2) | (tiles <= min(share + share // 2, shape.tokens.whole // 64))
+    lengths = np.where(whole, tiles * planning.TILE_UNITS, lengths)
+    wave = min(shape.rows, shape.streams_of_head)
+    pieces = np.where(whole, 1, counts)
+    others = [(row, piece) for row in range(shape.rows) for piece in range(int(row < wave), pieces[row])]
+    others.sort(key=lambda item: -((8 * lengths[item[0]] - 1) // lengths.max()))  # eighths of the longest; stable
+    return whole, [(row, 0) for row in range(wave)] + others
+
+
 @pytest.mark.parametrize(
     ("rows", "num_kv_heads", "streams", "window", "with_tokens"),
     [
         (1, 1, 7, 1000, True), (3, 2, 5, 1, True), (130, 8, 4, None, True), (300, 1, 8, 100, False),
-        (128, 2, 66, 20, True), (40, 1, 65, 700, False),
+        (128, 2, 66, 20, True), (40, 1, 65, 700, False), (24, 1, 9, None, False), (60, 2, 50, None, True),
     ],
 )  # fmt: skip
-def test_every_piece_is_taken_once_the_longest_first(monkeypatch, rows, num_kv_heads, streams, window, with_tokens):
+def test_every_item_is_taken_once_the_longest_first(monkeypatch, rows, num_kv_heads, streams, window, with_tokens):
     """Thread by thread, against a list of all pieces; the XLA form of the order too."""
     shape = shape_of(rows, num_kv_heads, streams, window)
     rng = np.random.default_rng(rows)
-    start_pos = rng.integers(0, 4000, rows).astype(np.int32)
+    start_pos = (4000 * rng.random(rows) ** 3).astype(np.int32)
     num_tokens = rng.integers(0, 2, rows).astype(np.int32) if with_tokens else np.ones(rows, np.int32)
-    units = np.array(list(units_of(start_pos, num_tokens, window)), np.int32)
-    counts, lengths = (np.asarray(a) for a in jax.jit(shape.cut)(units))
-    assert (counts >= 1).all() and counts.max() <= shape.most and (lengths % planning.TILE_UNITS == 0).all()
-    assert ((counts - 1) * lengths < units).all() and (counts * lengths >= units).all()
-    wave = min(rows, streams)
-    others = [(row, piece) for row in range(rows) for piece in range(int(row < wave), counts[row])]
-    others.sort(key=lambda item: -((8 * lengths[item[0]] - 1) // lengths.max()))  # eighths of the longest; stable
-    want = [row * planning.PIECES for row in range(wave)] + [row * planning.PIECES + piece for row, piece in others]
-    plain = jax.jit(planning.decode_plan, static_argnums=2)(start_pos, num_tokens, shape).tolist()
-    assert plain == want + [shape.end] * (len(plain) - len(want)) and len(plain) >= len(want) + 2 * streams
+    whole, items = items_of(shape, np.array(list(units_of(start_pos, num_tokens, window)), np.int32))
+    want = [row * planning.PIECES + piece for row, piece in items]
+    plain = planning.decode_plan(start_pos, num_tokens, shape)
+    codes = plain.codes.tolist()
+    assert plain.whole.tolist() == whole.tolist()
+    assert codes == want + [shape.end] * (len(codes) - len(want)) and len(codes) >= len(want) + 2 * streams
 
+    wave = min(rows, streams)
     tickets = [*range(wave - streams, 0), *range(max(len(want), streams))]  # streams behind the first wave: below 0
-    codes, counters = taken(monkeypatch, shape, start_pos, num_tokens if with_tokens else None, tickets)
-    assert codes == [want[i] if i < len(want) else shape.end for i in (ticket + streams for ticket in tickets)]
-    assert not counters.any()
+    found = taken(monkeypatch, shape, start_pos, num_tokens if with_tokens else None, tickets)
+    assert found.codes == [want[i] if i < len(want) else shape.end for i in (ticket + streams for ticket in tickets)]
+    assert found.whole == whole.tolist()
+    assert found.counting == [False, *(~whole).tolist()]  # the last ticket ended the first
+
+
+@dataclasses.dataclass
+class Taken:
+    codes: list[int]
+    whole: list[bool]
+    counting: list[bool]
 
 
 def taken(monkeypatch, shape, start_pos, num_tokens, tickets):
-    """The pieces that one stream finds for these tickets, and its counters, of 7 and not wiped before the last one."""
+    """The items that the first stream finds for these tickets, which rows are whole, and which counters count then."""
     simt_emulator.install(monkeypatch)
+    monkeypatch.setattr(simt_marks, "count_from_zero", lambda counters, index: counters.store(index * 2, 7))
+    monkeypatch.setattr(simt_marks, "stop_counting", lambda counters, index: counters.store(index * 2, 0))
     plan, find = queue.plan_program(shape, num_tokens is not None), queue.find_program(shape)
 
     def program(*pointers):
         *given, words, rows, counters, codes = pointers
-        counters.store(0, 7)
-        counters.store(1, 7)
-        plan(*given, words, rows)
+        plan(*given, counters, words, rows)
         for i, ticket in enumerate(tickets):
             words.store(queue.TICKET, ticket)
             find(counters, words, rows)
             codes.store(i, words.load(queue.CODE))
 
-    sizes = queue.WORDS, shape.rows, 2, len(tickets)
+    counters = queue.num_counters(shape.rows)
+    sizes = queue.WORDS, shape.rows, 2 * counters, len(tickets)
     run = plgpu.kernel(
         lambda *refs: simt.program(program, *refs),
         out_type=tuple(jax.ShapeDtypeStruct((size,), jnp.int32) for size in sizes),
         grid=(1,),
     )
-    _, _, counters, codes = run(start_pos, *([] if num_tokens is None else [num_tokens]))
-    return codes.tolist(), counters
+    _, rows, counters, codes = run(start_pos, *([] if num_tokens is None else [num_tokens]))
+    return Taken(codes.tolist(), (rows % queue.HALF >= queue.WHOLE).tolist(), (counters[::2] == 7).tolist())
 
 
-def test_who_draws_the_last_ticket_wipes_the_marks(monkeypatch):
+def test_who_draws_the_last_ticket_ends_the_counter(monkeypatch):
     """Of 5 streams for 3 rows of one piece each five draw, of 2 for them three."""
     start_pos = np.full(3, 20, np.int32)
     for streams, last in ((5, 4), (2, 2)):
         shape = shape_of(3, streams=streams)
         for drawn in range(last + 2):
-            _, counters = taken(monkeypatch, shape, start_pos, None, [drawn])
-            assert counters.any() == (drawn != last)
+            assert taken(monkeypatch, shape, start_pos, None, [drawn]).counting[0] == (drawn != last)
 
 
 @pytest.mark.parametrize(("rows", "pieces"), [(4, [1, 1, 1, 4, 8, 16, 64]), (40, [1, 1, 1, 1, 6, 16, 64])])
@@ -123,7 +147,7 @@ def interpreted(monkeypatch):
     from jax._src.pallas.mosaic_gpu.interpret import params
 
     monkeypatch.setattr(public, "num_sms", lambda: 3)
-    interpret = functools.partial(public._pallas_decode, interpret=True, tokens=planning.Cut(least=128, few=64))
+    interpret = functools.partial(public._pallas_decode, interpret=True, tokens=SHORT)
     monkeypatch.setattr(public, "_pallas_decode", interpret)
     with params.force_gpu_interpret_mode():
         yield
@@ -226,7 +250,7 @@ def test_the_kernel_on_a_gpu(heads, head_dim, page_len, options, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [128, 100])
 def test_rows_of_one_length_on_a_gpu(rows):
-    """128 rows for 132 ranges stay whole: all streams leave early. 100 are cut. Several calls, the same bits."""
+    """More items than streams, and fewer. Several calls, the same bits."""
     batch = batch_of((1050,) * rows, 1, 12, 2, 64, 16, 66)
     arguments = poisoned(batch, "bfloat16")
     function = jax.jit(functools.partial(paged_attention, implementation="pallas"))
