@@ -1,8 +1,8 @@
 """Decode attention over pages on Hopper (Mosaic GPU): what a thread block does.
 
-A block is a stream: one warpgroup loads pages by TMA, some tiles of 64 tokens ahead, one computes. scores^T = K q^T and
-out^T = V^T p^T, so that tokens and head size fill wgmma's M and the few query heads of a KV head are its N. See
-`paged_decode_plan` for what a stream reads and `paged_decode_queue` for how streams share the pieces.
+A block is a stream: one warpgroup loads pages by TMA, some tiles of 64 tokens ahead, two compute, every other tile each.
+scores^T = K q^T and out^T = V^T p^T, so that tokens and head size fill wgmma's M and the few query heads of a KV head
+are its N. See `paged_decode_plan` for what a stream reads and `paged_decode_queue` for how streams share the pieces.
 """
 
 import math
@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jmoe.pallas_kernels import paged_decode_queue as queue
 from jmoe.pallas_kernels import simt
 from jmoe.pallas_kernels.grouped_matmul_threads import load_by_row
-from jmoe.pallas_kernels.paged_decode_plan import MASKED, TILE, UNIT, Decode
+from jmoe.pallas_kernels.paged_decode_plan import CONSUMERS, MASKED, TILE, UNIT, Decode
 from jmoe.pallas_kernels.paged_decode_stream import Stream, load_pages, num_tiles
 
 LOG2E = math.log2(math.e)
@@ -23,7 +23,7 @@ LAYOUT = plgpu.Layout.WGMMA
 TURNED = plgpu.Layout.WGMMA_TRANSPOSED  # the same, by columns: what is stored transposed
 BYTES = plgpu.Layout.WGMMA_UPCAST_2X  # of 8-bit elements that will be 16-bit ones in LAYOUT
 BY_HEAD = LAYOUT.reduce(0)
-AT_ONCE = 4  # partial results of a KV head's 8 query heads on their way: 48 registers; half as many of 16
+AT_ONCE = 8  # partial results of a KV head's 8 query heads on their way: 96 registers; half as many of 16
 
 
 def _down(vector, length):
@@ -47,8 +47,8 @@ def body_of(shape: Decode):
     def body(
         q_g, k_g, v_g, table_g, start_g, tokens_g, k_scale_g, v_scale_g, sinks_g, whole_g, plan_g,
         out_g, acc_g, ml_g, counters_g,
-        k_s, v_s, wide_s, raw_q_s, q_s, p_s, o_s, run_s, run_ml_s, words_s, rows_s, messages_s,
-        k_full, v_full, k_free, v_free, announced, planned,
+        k_s, v_s, wide_s, raw_q_s, q_s, p_s, o_s, run_s, run_ml_s, half_s, half_ml_s, words_s, rows_s, messages_s,
+        k_full, v_full, k_free, v_free, announced, planned, halved, joined,
     ):  # fmt: skip
         block, role = lax.axis_index("stream"), lax.axis_index("wg")
         if not shape.interpret:
@@ -66,16 +66,20 @@ def body_of(shape: Decode):
             start = jnp.minimum(want, shape.flat_rows - n)
             return start, want - start
 
-        @pl.when(role == 1)
+        @pl.when(role == CONSUMERS)
         def _load():
             sides = (k_g, k_s, k_full, k_free), (v_g, v_s, v_full, v_free)
             load_pages(stream, planned, table_g, (q_g, lambda row: place(row)[0], raw_q_s), sides)
 
-        @pl.when(role == 0)
+        @pl.when(role < CONSUMERS)
         def _compute():
             if not shape.interpret:
-                stream.plan()
-                plgpu.barrier_arrive(planned)
+
+                @pl.when(role == 0)
+                def _():
+                    stream.plan()
+                    plgpu.barrier_arrive(planned)
+
             scale = k_scale_g[0] * (head_dim**-0.5 * LOG2E)
 
             def sinks_of(first):
@@ -129,17 +133,32 @@ def body_of(shape: Decode):
                 rounds = lax.div(count + (at_once - 1), jnp.int32(at_once))
                 write(row, *lax.fori_loop(0, rounds, step, (_filled(0, (head_dim, n), LAYOUT), *none)))
 
-            def run():
-                """The sum of a row's earlier pieces."""
-                return (
-                    plgpu.load(run_s, (), layout=LAYOUT, optimized=False),
-                    *(plgpu.load(run_ml_s.at[i], (), layout=BY_HEAD, optimized=False) for i in (0, 1)),
-                )
+            def stored(acc_s, ml_s):
+                """An acc with its maxima and sums, out of shared memory."""
+                m, total = (plgpu.load(ml_s.at[i], (), layout=BY_HEAD, optimized=False) for i in (0, 1))
+                return plgpu.load(acc_s, (), layout=LAYOUT, optimized=False), m, total
+
+            def hand_over(number, found):
+                """The second consumer's tiles of the stream's piece of this number."""
+
+                @pl.when(number > 0)
+                def _():
+                    plgpu.barrier_wait(joined)
+
+                half_s[...], half_ml_s[0], half_ml_s[1] = found
+                plgpu.barrier_arrive(halved)
+
+            def join(found):
+                """Both consumers' tiles: a sum of two is the same, whoever has the even ones."""
+                plgpu.barrier_wait(halved)
+                both = add(found, stored(half_s, half_ml_s))
+                plgpu.barrier_arrive(joined)
+                return both
 
             def end(row, piece, count, found):
                 """Of a piece: added up where the row is one item, else a partial result; who ends the last adds those up."""
                 whole = stream.whole(row)
-                found = lax.cond(whole & (piece > 0), lambda: add(run(), found), lambda: found)
+                found = lax.cond(whole & (piece > 0), lambda: add(stored(run_s, run_ml_s), found), lambda: found)
 
                 @pl.when(whole & (piece == count - 1))
                 def _():
@@ -158,23 +177,22 @@ def body_of(shape: Decode):
 
             def widened(pages, slot, free):
                 """Float8 pages as wgmma reads them."""
-                # The first waits for other warps' products that read what stands there; all keep the parts apart: two
-                # streams an SM have 128 registers a thread.
+                wide = wide_s.at[role]
+                plgpu.commit_smem()  # other warps' products may still read what stands there
                 for part in range(head_dim // 64):
-                    plgpu.commit_smem()
                     own = pl.ds(part * 64, 64)
                     small = plgpu.load(pages.at[slot, :, own], (), layout=BYTES, optimized=False)
-                    wide_s[:, own] = plgpu.layout_cast(small.astype(dtype), LAYOUT)
+                    wide[:, own] = plgpu.layout_cast(small.astype(dtype), LAYOUT)
                 plgpu.barrier_arrive(free.at[slot])
                 plgpu.commit_smem()
-                return wide_s
+                return wide
 
             def scores_of(slot):
                 """[TILE, n] float32."""
                 keys = widened(k_s, slot, k_free) if shape.small_pages else k_s.at[slot]
 
                 def product(acc_ref):
-                    plgpu.wgmma(acc_ref, keys, q_s.T)
+                    plgpu.wgmma(acc_ref, keys, q_s.at[role].T)
                     return acc_ref[...]
 
                 found = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((TILE, n), jnp.float32))
@@ -198,25 +216,27 @@ def body_of(shape: Decode):
 
                 return tile
 
-            def attend_to(code, message, tile):
-                """A piece, whose tiles begin at number `tile`; how many they are."""
-                queries = plgpu.load(raw_q_s.at[message].T, (), layout=TURNED, optimized=False)
+            def attend_to(code, number, tile):
+                """The stream's piece of this number, whose tiles begin at number `tile`; how many they are."""
+                queries = plgpu.load(raw_q_s.at[stream.message(number)].T, (), layout=TURNED, optimized=False)
                 if shape.small_pages:
                     queries = (queries.astype(jnp.float32) * scale).astype(dtype)
-                q_s.T[...] = queries
+                q_s.at[role].T[...] = queries
                 plgpu.commit_smem()
-                _, _, _, first, length, low, high = stream.extent(code)
+                row, piece, count, first, length, low, high = stream.extent(code)
                 base = (lax.div(low, jnp.int32(UNIT)) + first) * UNIT
                 found = attended(tile, num_tiles(length), low - base, high - base)
-                row, piece, count = stream.extent(code)[:3]  # again, which spares registers
-                end(row, piece, count, found)
-                return num_tiles(stream.extent(code)[4])
+                pl.when(role == 1)(lambda: hand_over(number, found))
+                pl.when(role == 0)(lambda: end(row, piece, count, join(found)))
+                return num_tiles(length)
 
             def attended(tile, tiles, low, high):
-                """acc, maxima and sums of a piece's tiles; low and high from its first token on."""
+                """acc, maxima and sums of the consumer's tiles of a piece; low and high from its first token on."""
+                own = lax.rem(tile + role, jnp.int32(CONSUMERS))  # the first; whose a tile is goes by its slot
 
-                def attend(i, carry):
+                def attend(step, carry):
                     acc, m, total = carry
+                    i = own + step * CONSUMERS
                     slot = lax.rem(tile + i, jnp.int32(stages))
                     plgpu.barrier_wait(k_full.at[slot])
                     s = scores_of(slot)
@@ -227,13 +247,13 @@ def body_of(shape: Decode):
                     m_new = jnp.maximum(m, jnp.round(s.max(axis=0)))
                     p = jnp.exp2(s - _down(m_new, TILE))
                     alpha = jnp.exp2(m - m_new)
-                    p_s.T[...] = plgpu.layout_cast(p.astype(dtype), TURNED)
+                    p_s.at[role].T[...] = plgpu.layout_cast(p.astype(dtype), TURNED)
                     plgpu.barrier_wait(v_full.at[slot])
                     values = values_of(slot, end)
                     plgpu.commit_smem()
 
                     def product(acc_ref):
-                        plgpu.wgmma(acc_ref, values.T, p_s.T)
+                        plgpu.wgmma(acc_ref, values.T, p_s.at[role].T)
                         return acc_ref[...]
 
                     new = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((head_dim, n), jnp.float32))
@@ -242,16 +262,21 @@ def body_of(shape: Decode):
                     return acc * _down(alpha, head_dim) + new, m_new, total * _down(alpha, TILE) + p
 
                 none = _filled(0, (head_dim, n), LAYOUT), _filled(MASKED, (n,), BY_HEAD), _filled(0, (TILE, n), LAYOUT)
-                acc, m, total = lax.fori_loop(0, tiles, attend, none)
+                acc, m, total = lax.fori_loop(0, lax.div(tiles + 1 - own, jnp.int32(CONSUMERS)), attend, none)
                 return acc, m, total.sum(axis=0)
 
             def step(state):
-                count, tile, code = state
-                tile = tile + attend_to(code, stream.message(count), tile)
-                return count + 1, tile, stream.heard(count + 1)
+                number, tile, code = state
+                tile = tile + attend_to(code, number, tile)
+                return number + 1, tile, stream.heard(number + 1)
 
             start = jnp.int32(0), jnp.int32(0), stream.heard(jnp.int32(0))
-            lax.while_loop(lambda state: state[2] < shape.end, step, start)
+            number, *_ = lax.while_loop(lambda state: state[2] < shape.end, step, start)
+
+            @pl.when((role == 1) & (number > 0))
+            def _():
+                plgpu.barrier_wait(joined)
+
             plgpu.wait_smem_to_gmem(0)
 
     return body

@@ -6,17 +6,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels import paged_decode_plan as planning
 from jmoe.pallas_kernels.paged_decode_body import LOG2E, body_of
-from jmoe.pallas_kernels.paged_decode_plan import MASKED, TILE, TILE_UNITS, Cut, Decode
+from jmoe.pallas_kernels.paged_decode_plan import CONSUMERS, MASKED, TILE, TILE_UNITS, Cut, Decode
 from jmoe.pallas_kernels.paged_decode_queue import WORDS, num_counters
 
-# Of pages under way in a stream, two streams an SM: 17 MB in all. 96 KB were slower in every case tried (0.5 to 2 %):
-# requests wait in a longer queue, those of the partial results among them.
-RING_BYTES = 64 * 1024
+# Of pages under way in a stream, one an SM: 17 MB in all. More were slower in every case tried (0.5 to 5 %): what the
+# streams themselves ask for waits in a longer queue. Float8 leaves room for what it becomes.
+RING_BYTES, RING_BYTES_FLOAT8, MOST_STAGES = 128 * 1024, 96 * 1024, 8
+REDUCED_BYTES = 2 * 128 * 4  # of a sum or maximum over a tile's tokens: two columns a thread
 
 
 def paged_decode(
     q, k_pages, v_pages, page_table, start_pos, num_tokens, sinks, k_scale, v_scale, *,
-    sliding_window=None, logit_soft_cap=None, num_sms=132, stages=None, num_streams=None, tokens=Cut(),
+    sliding_window=None, logit_soft_cap=None, num_sms=132, stages=None, tokens=Cut(),
     interpret=False,
 ):  # fmt: skip
     """See `paged_attention`.
@@ -30,7 +31,7 @@ def paged_decode(
       sinks: `[Q]` float32 or None.
       k_scale, v_scale: float32 scalars.
       num_sms: of the GPU.
-      stages, num_streams: tiles on their way in a stream, and streams; None for what fits.
+      stages: tiles on their way in a stream, a multiple of the consumers; None for what fits.
       tokens: of pieces.
       interpret: run by the interpreter, which has no atomics: what streams share is merged in XLA.
 
@@ -39,12 +40,12 @@ def paged_decode(
     """
     rows, num_heads, head_dim = q.shape
     page_len, num_kv_heads = k_pages.shape[1:3]
-    tile_bytes = 2 * TILE * head_dim * k_pages.dtype.itemsize
-    per_sm = 1 if head_dim > 128 else 2
-    of_head = max(1, (num_streams or per_sm * num_sms) // num_kv_heads)
+    small = k_pages.dtype.itemsize == 1
+    fit = (RING_BYTES_FLOAT8 if small else RING_BYTES) // (2 * TILE * head_dim * k_pages.dtype.itemsize)
+    of_head = max(1, num_sms // num_kv_heads)
     shape = Decode(
         rows, num_heads, num_kv_heads, head_dim, page_len, page_table.shape[1], of_head * num_kv_heads,
-        stages or 2 * RING_BYTES // per_sm // tile_bytes, sliding_window, logit_soft_cap, k_pages.dtype, q.dtype,
+        stages or min(fit // CONSUMERS * CONSUMERS, MOST_STAGES), sliding_window, logit_soft_cap, k_pages.dtype, q.dtype,
         interpret, tokens,
     )  # fmt: skip
     flat = q.reshape(rows * num_heads, head_dim)
@@ -73,7 +74,7 @@ def _kernel(shape: Decode):
         return plgpu.SMEM(sizes, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
     pieces = shape.rows, shape.num_kv_heads, shape.most
-    values = (TILE, head_dim) if shape.small_pages else (8, 64)  # where float8 values become float16
+    values = (CONSUMERS, TILE, head_dim) if shape.small_pages else (1, 8, 64)  # where float8 values become float16
     return plgpu.kernel(
         body_of(shape),
         out_type=(
@@ -84,19 +85,20 @@ def _kernel(shape: Decode):
         ),
         grid=(streams,),
         grid_names=("stream",),
-        num_threads=2,
+        num_threads=CONSUMERS + 1,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=REDUCED_BYTES
+        ),
         scratch_types=[
             tiles(stages, TILE, head_dim, dtype=shape.pages_dtype),
             tiles(stages, TILE, head_dim, dtype=shape.pages_dtype),
             tiles(*values, dtype=shape.dtype),
             plgpu.SMEM((shape.messages, n, head_dim), shape.out_dtype),
-            tiles(n, head_dim, dtype=shape.dtype),
-            tiles(n, TILE, dtype=shape.dtype),
+            tiles(CONSUMERS, n, head_dim, dtype=shape.dtype),
+            tiles(CONSUMERS, n, TILE, dtype=shape.dtype),
             plgpu.SMEM((n, head_dim), shape.out_dtype),
-            plgpu.SMEM((head_dim, n), jnp.float32),
-            plgpu.SMEM((2, n), jnp.float32),
+            *[plgpu.SMEM((head_dim, n), jnp.float32), plgpu.SMEM((2, n), jnp.float32)] * 2,
             plgpu.SMEM((WORDS,), jnp.int32),
             plgpu.SMEM((shape.rows,), jnp.int32),
             plgpu.SMEM((shape.messages,), jnp.int32),
@@ -105,6 +107,6 @@ def _kernel(shape: Decode):
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=shape.messages),
-            plgpu.Barrier(),
+            *[plgpu.Barrier()] * 3,
         ],
     )

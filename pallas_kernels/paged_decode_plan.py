@@ -21,6 +21,7 @@ from jax import lax
 UNIT = 16  # tokens
 TILE_UNITS = 4  # 64 tokens: wgmma's M
 TILE = UNIT * TILE_UNITS
+CONSUMERS = 2  # warpgroups that compute, a stream
 MASKED = -1e30
 PIECES = 64  # bound of a row's pieces
 CLASSES = 8  # of pieces' lengths, to take long ones first
@@ -40,9 +41,9 @@ class Cut:
         share always is.
     """
 
-    least: int = 768
+    least: int = 1536
     enough: int = 8
-    most: int = 2048
+    most: int = 4096
     few: int = 256
     whole: int = 4096
 
@@ -100,7 +101,8 @@ class Decode:
 
     @property
     def messages(self) -> int:
-        """Pieces that a stream's loader may have announced and its products not be done with, and one."""
+        """Pieces that a stream's loader may announce before its slower consumer begins with them: as all may be of one
+        tile, every other one the consumer's, those of the stages and two more."""
         return self.stages + 2
 
     @property
