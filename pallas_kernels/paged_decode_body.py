@@ -39,6 +39,17 @@ def _tokens(width):
     return plgpu.broadcasted_iota(jnp.int32, (TILE, width), 0, layout=LAYOUT)
 
 
+def _over_tokens(kind: str, value, scratch):
+    """The maximum ("max") or sum ("add") of each column, by a warpgroup in a scratch of its own: Pallas has one for all."""
+    result = plgpu.ShapeDtypeStruct(value.shape[1:], jnp.float32, BY_HEAD)
+
+    @plgpu.inline_mgpu(arg_types=(LAYOUT, plgpu.RefType()), return_type=result)
+    def inlined(_ctx, array, scratch_s):
+        return array.reduce(kind, 0, scratch=scratch_s)
+
+    return inlined(value, scratch)
+
+
 def body_of(shape: Decode):
     group, head_dim, n, stages, dtype = shape.group, shape.head_dim, shape.columns, shape.stages, shape.dtype
     num_heads, num_kv_heads = shape.num_heads, shape.num_kv_heads
@@ -47,7 +58,7 @@ def body_of(shape: Decode):
     def body(
         q_g, k_g, v_g, table_g, start_g, tokens_g, k_scale_g, v_scale_g, sinks_g, whole_g, plan_g,
         out_g, acc_g, ml_g, counters_g,
-        k_s, v_s, wide_s, raw_q_s, q_s, p_s, o_s, run_s, run_ml_s, half_s, half_ml_s, words_s, rows_s, messages_s,
+        k_s, v_s, wide_s, raw_q_s, q_s, p_s, o_s, run_s, half_s, ml_s, reduced_s, words_s, rows_s,
         k_full, v_full, k_free, v_free, announced, planned, halved, joined,
     ):  # fmt: skip
         block, role = lax.axis_index("stream"), lax.axis_index("wg")
@@ -57,7 +68,7 @@ def body_of(shape: Decode):
         head, number = lax.rem(block, jnp.int32(num_kv_heads)), lax.div(block, jnp.int32(num_kv_heads))
         stream = Stream(
             shape, number, head, start_g, tokens_g, whole_g, plan_g, counters_g.at[head],
-            words_s, rows_s, messages_s, announced,
+            words_s, rows_s, announced,
         )  # fmt: skip
 
         def place(row):
@@ -133,10 +144,14 @@ def body_of(shape: Decode):
                 rounds = lax.div(count + (at_once - 1), jnp.int32(at_once))
                 write(row, *lax.fori_loop(0, rounds, step, (_filled(0, (head_dim, n), LAYOUT), *none)))
 
-            def stored(acc_s, ml_s):
-                """An acc with its maxima and sums, out of shared memory."""
-                m, total = (plgpu.load(ml_s.at[i], (), layout=BY_HEAD, optimized=False) for i in (0, 1))
-                return plgpu.load(acc_s, (), layout=LAYOUT, optimized=False), m, total
+            run, half = (run_s, ml_s.at[0]), (half_s, ml_s.at[1])
+
+            def store(place, acc, m, total):
+                place[0][...], place[1][0], place[1][1] = acc, m, total
+
+            def stored(place):
+                m, total = (plgpu.load(place[1].at[i], (), layout=BY_HEAD, optimized=False) for i in (0, 1))
+                return plgpu.load(place[0], (), layout=LAYOUT, optimized=False), m, total
 
             def hand_over(number, found):
                 """The second consumer's tiles of the stream's piece of this number."""
@@ -145,20 +160,20 @@ def body_of(shape: Decode):
                 def _():
                     plgpu.barrier_wait(joined)
 
-                half_s[...], half_ml_s[0], half_ml_s[1] = found
+                store(half, *found)
                 plgpu.barrier_arrive(halved)
 
             def join(found):
                 """Both consumers' tiles: a sum of two is the same, whoever has the even ones."""
                 plgpu.barrier_wait(halved)
-                both = add(found, stored(half_s, half_ml_s))
+                both = add(found, stored(half))
                 plgpu.barrier_arrive(joined)
                 return both
 
             def end(row, piece, count, found):
                 """Of a piece: added up where the row is one item, else a partial result; who ends the last adds those up."""
                 whole = stream.whole(row)
-                found = lax.cond(whole & (piece > 0), lambda: add(stored(run_s, run_ml_s), found), lambda: found)
+                found = lax.cond(whole & (piece > 0), lambda: add(stored(run), found), lambda: found)
 
                 @pl.when(whole & (piece == count - 1))
                 def _():
@@ -166,7 +181,7 @@ def body_of(shape: Decode):
 
                 @pl.when(whole & (piece < count - 1))
                 def _():
-                    run_s[...], run_ml_s[0], run_ml_s[1] = found
+                    store(run, *found)
 
                 @pl.when(jnp.logical_not(whole))
                 def _():
@@ -230,6 +245,11 @@ def body_of(shape: Decode):
                 pl.when(role == 0)(lambda: end(row, piece, count, join(found)))
                 return num_tiles(length)
 
+            def over_tokens(kind, value):
+                if shape.interpret:
+                    return value.max(axis=0) if kind == "max" else value.sum(axis=0)
+                return _over_tokens(kind, value, reduced_s.at[role])
+
             def attended(tile, tiles, low, high):
                 """acc, maxima and sums of the consumer's tiles of a piece; low and high from its first token on."""
                 own = lax.rem(tile + role, jnp.int32(CONSUMERS))  # the first; whose a tile is goes by its slot
@@ -244,7 +264,7 @@ def body_of(shape: Decode):
                     end = high - start  # of the row's own tokens, in the tile
                     token = _tokens(n)
                     s = jnp.where((token < end) & (token >= low - start), s, MASKED)
-                    m_new = jnp.maximum(m, jnp.round(s.max(axis=0)))
+                    m_new = jnp.maximum(m, jnp.round(over_tokens("max", s)))
                     p = jnp.exp2(s - _down(m_new, TILE))
                     alpha = jnp.exp2(m - m_new)
                     p_s.at[role].T[...] = plgpu.layout_cast(p.astype(dtype), TURNED)
@@ -263,7 +283,7 @@ def body_of(shape: Decode):
 
                 none = _filled(0, (head_dim, n), LAYOUT), _filled(MASKED, (n,), BY_HEAD), _filled(0, (TILE, n), LAYOUT)
                 acc, m, total = lax.fori_loop(0, lax.div(tiles + 1 - own, jnp.int32(CONSUMERS)), attend, none)
-                return acc, m, total.sum(axis=0)
+                return acc, m, over_tokens("add", total)
 
             def step(state):
                 number, tile, code = state

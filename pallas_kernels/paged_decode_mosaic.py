@@ -12,7 +12,7 @@ from jmoe.pallas_kernels.paged_decode_queue import WORDS, num_counters
 # Of pages under way in a stream, one an SM: 17 MB in all. More were slower in every case tried (0.5 to 5 %): what the
 # streams themselves ask for waits in a longer queue. Float8 leaves room for what it becomes.
 RING_BYTES, RING_BYTES_FLOAT8, MOST_STAGES = 128 * 1024, 96 * 1024, 8
-REDUCED_BYTES = 2 * 128 * 4  # of a sum or maximum over a tile's tokens: two columns a thread
+REDUCED = 2 * 128  # words of a sum or maximum over a tile's tokens: two columns a thread
 
 
 def paged_decode(
@@ -87,9 +87,7 @@ def _kernel(shape: Decode):
         grid_names=("stream",),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=REDUCED_BYTES
-        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         scratch_types=[
             tiles(stages, TILE, head_dim, dtype=shape.pages_dtype),
             tiles(stages, TILE, head_dim, dtype=shape.pages_dtype),
@@ -98,10 +96,11 @@ def _kernel(shape: Decode):
             tiles(CONSUMERS, n, head_dim, dtype=shape.dtype),
             tiles(CONSUMERS, n, TILE, dtype=shape.dtype),
             plgpu.SMEM((n, head_dim), shape.out_dtype),
-            *[plgpu.SMEM((head_dim, n), jnp.float32), plgpu.SMEM((2, n), jnp.float32)] * 2,
-            plgpu.SMEM((WORDS,), jnp.int32),
+            *[plgpu.SMEM((head_dim, n), jnp.float32)] * 2,
+            plgpu.SMEM((2, 2, n), jnp.float32),
+            plgpu.SMEM((CONSUMERS, REDUCED), jnp.float32),
+            plgpu.SMEM((WORDS + shape.messages,), jnp.int32),
             plgpu.SMEM((shape.rows,), jnp.int32),
-            plgpu.SMEM((shape.messages,), jnp.int32),
             plgpu.Barrier(num_arrivals=TILE_UNITS, num_barriers=stages),
             plgpu.Barrier(num_arrivals=TILE_UNITS, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),

@@ -28,8 +28,8 @@ class Stream:
       start_g, tokens_g: positions and numbers of the rows' new tokens.
       whole_g, plan_g: `decode_plan`, of the interpreter alone.
       counters_g: of the head.
-      words_s, rows_s: what the stream worked out, `[WORDS]` and `[rows]` int32.
-      messages_s: the pieces that were announced, `[messages]` int32.
+      words_s, rows_s: what the stream worked out, and the pieces that were announced, `[WORDS + messages]` and `[rows]`
+        int32.
       announced: barriers, one a message.
     """
 
@@ -43,7 +43,6 @@ class Stream:
     counters_g: Any
     words_s: Any
     rows_s: Any
-    messages_s: Any
     announced: Any
 
     def bounds(self, row):
@@ -79,7 +78,7 @@ class Stream:
 
     def announce(self, count, code):
         """Puts a piece, or `end`, where the other warpgroup looks once the message's barrier lets it."""
-        self.messages_s[self.message(count)] = code
+        self.words_s[queue.WORDS + self.message(count)] = code
 
     def message(self, count):
         return lax.rem(count, jnp.int32(self.shape.messages))
@@ -87,7 +86,7 @@ class Stream:
     def heard(self, count):
         """What was announced, once it was."""
         plgpu.barrier_wait(self.announced.at[self.message(count)])
-        return self.messages_s[self.message(count)]
+        return self.words_s[queue.WORDS + self.message(count)]
 
 
 def load_pages(stream: Stream, planned, table_g, queries, sides) -> None:
