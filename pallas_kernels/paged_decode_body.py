@@ -16,6 +16,7 @@ from jmoe.pallas_kernels import paged_decode_queue as queue
 from jmoe.pallas_kernels import simt
 from jmoe.pallas_kernels.grouped_matmul_threads import load_by_row
 from jmoe.pallas_kernels.paged_decode_plan import CONSUMERS, MASKED, TILE, UNIT, Decode
+from jmoe.pallas_kernels.paged_decode_queue import THREADS
 from jmoe.pallas_kernels.paged_decode_stream import Stream, load_pages, num_tiles
 
 LOG2E = math.log2(math.e)
@@ -23,7 +24,7 @@ LAYOUT = plgpu.Layout.WGMMA
 TURNED = plgpu.Layout.WGMMA_TRANSPOSED  # the same, by columns: what is stored transposed
 BYTES = plgpu.Layout.WGMMA_UPCAST_2X  # of 8-bit elements that will be 16-bit ones in LAYOUT
 BY_HEAD = LAYOUT.reduce(0)
-AT_ONCE = 8  # partial results of a KV head's 8 query heads on their way: 96 registers; half as many of 16
+AT_ONCE = 64  # numbers a thread of partial results on their way: of 8, where a KV head has up to 8 query heads of 128
 
 
 def _down(vector, length):
@@ -51,7 +52,7 @@ def _over_tokens(kind: str, value, scratch):
 
 
 def body_of(shape: Decode):
-    group, head_dim, n, stages, dtype = shape.group, shape.head_dim, shape.columns, shape.stages, shape.dtype
+    group, head_dim, n, dtype = shape.group, shape.head_dim, shape.columns, shape.dtype
     num_heads, num_kv_heads = shape.num_heads, shape.num_kv_heads
     soft_cap = shape.logit_soft_cap
 
@@ -79,7 +80,7 @@ def body_of(shape: Decode):
 
         @pl.when(role == CONSUMERS)
         def _load():
-            sides = (k_g, k_s, k_full, k_free), (v_g, v_s, v_full, v_free)
+            sides = (k_g, k_s, shape.stages, k_full, k_free), (v_g, v_s, shape.value_stages, v_full, v_free)
             load_pages(stream, planned, table_g, (q_g, lambda row: place(row)[0], raw_q_s), sides)
 
         @pl.when(role < CONSUMERS)
@@ -129,7 +130,7 @@ def body_of(shape: Decode):
 
             def merge(row, count):
                 """All pieces of a row, in order; some on their way together, as each takes a microsecond to come."""
-                at_once = AT_ONCE * 8 // n
+                at_once = min(8, AT_ONCE * THREADS // (n * head_dim))
 
                 def step(i, found):
                     first = i * at_once
@@ -257,9 +258,9 @@ def body_of(shape: Decode):
                 def attend(step, carry):
                     acc, m, total = carry
                     i = own + step * CONSUMERS
-                    slot = lax.rem(tile + i, jnp.int32(stages))
-                    plgpu.barrier_wait(k_full.at[slot])
-                    s = scores_of(slot)
+                    k_slot, v_slot = (lax.rem(tile + i, jnp.int32(n)) for n in (shape.stages, shape.value_stages))
+                    plgpu.barrier_wait(k_full.at[k_slot])
+                    s = scores_of(k_slot)
                     start = i * TILE
                     end = high - start  # of the row's own tokens, in the tile
                     token = _tokens(n)
@@ -268,8 +269,8 @@ def body_of(shape: Decode):
                     p = jnp.exp2(s - _down(m_new, TILE))
                     alpha = jnp.exp2(m - m_new)
                     p_s.at[role].T[...] = plgpu.layout_cast(p.astype(dtype), TURNED)
-                    plgpu.barrier_wait(v_full.at[slot])
-                    values = values_of(slot, end)
+                    plgpu.barrier_wait(v_full.at[v_slot])
+                    values = values_of(v_slot, end)
                     plgpu.commit_smem()
 
                     def product(acc_ref):
@@ -278,7 +279,7 @@ def body_of(shape: Decode):
 
                     new = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((head_dim, n), jnp.float32))
                     if not shape.small_pages:
-                        plgpu.barrier_arrive(v_free.at[slot])
+                        plgpu.barrier_arrive(v_free.at[v_slot])
                     return acc * _down(alpha, head_dim) + new, m_new, total * _down(alpha, TILE) + p
 
                 none = _filled(0, (head_dim, n), LAYOUT), _filled(MASKED, (n,), BY_HEAD), _filled(0, (TILE, n), LAYOUT)

@@ -31,7 +31,7 @@ def paged_decode(
       sinks: `[Q]` float32 or None.
       k_scale, v_scale: float32 scalars.
       num_sms: of the GPU.
-      stages: tiles on their way in a stream, a multiple of the consumers; None for what fits.
+      stages: tiles of keys and of values on their way in a stream, multiples of the consumers; None for what fits.
       tokens: of pieces.
       interpret: run by the interpreter, which has no atomics: what streams share is merged in XLA.
 
@@ -42,10 +42,11 @@ def paged_decode(
     page_len, num_kv_heads = k_pages.shape[1:3]
     small = k_pages.dtype.itemsize == 1
     fit = (RING_BYTES_FLOAT8 if small else RING_BYTES) // (2 * TILE * head_dim * k_pages.dtype.itemsize)
+    stages = stages or (min(fit // CONSUMERS * CONSUMERS, MOST_STAGES),) * 2
     of_head = max(1, num_sms // num_kv_heads)
     shape = Decode(
         rows, num_heads, num_kv_heads, head_dim, page_len, page_table.shape[1], of_head * num_kv_heads,
-        stages or min(fit // CONSUMERS * CONSUMERS, MOST_STAGES), sliding_window, logit_soft_cap, k_pages.dtype, q.dtype,
+        *stages, sliding_window, logit_soft_cap, k_pages.dtype, q.dtype,
         interpret, tokens,
     )  # fmt: skip
     flat = q.reshape(rows * num_heads, head_dim)
@@ -66,7 +67,7 @@ def paged_decode(
 
 
 def _kernel(shape: Decode):
-    streams, stages, head_dim, n = shape.num_streams, shape.stages, shape.head_dim, shape.columns
+    streams, head_dim, n = shape.num_streams, shape.head_dim, shape.columns
 
     def tiles(*sizes, dtype):
         swizzle = 64 * jnp.dtype(dtype).itemsize  # 64 elements, so that those of a float8 tile can be read alone
@@ -89,8 +90,8 @@ def _kernel(shape: Decode):
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         scratch_types=[
-            tiles(stages, TILE, head_dim, dtype=shape.pages_dtype),
-            tiles(stages, TILE, head_dim, dtype=shape.pages_dtype),
+            tiles(shape.stages, TILE, head_dim, dtype=shape.pages_dtype),
+            tiles(shape.value_stages, TILE, head_dim, dtype=shape.pages_dtype),
             tiles(*values, dtype=shape.dtype),
             plgpu.SMEM((shape.messages, n, head_dim), shape.out_dtype),
             tiles(CONSUMERS, n, head_dim, dtype=shape.dtype),
@@ -101,10 +102,8 @@ def _kernel(shape: Decode):
             plgpu.SMEM((CONSUMERS, REDUCED), jnp.float32),
             plgpu.SMEM((WORDS + shape.messages,), jnp.int32),
             plgpu.SMEM((shape.rows,), jnp.int32),
-            plgpu.Barrier(num_arrivals=TILE_UNITS, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=TILE_UNITS, num_barriers=stages),
-            plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_barriers=stages),
+            *[plgpu.Barrier(num_arrivals=TILE_UNITS, num_barriers=n) for n in (shape.stages, shape.value_stages)],
+            *[plgpu.Barrier(num_barriers=n) for n in (shape.stages, shape.value_stages)],
             plgpu.Barrier(num_barriers=shape.messages),
             *[plgpu.Barrier()] * 3,
         ],

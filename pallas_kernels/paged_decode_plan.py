@@ -59,7 +59,8 @@ class Decode:
     page_len: int
     max_pages: int
     num_streams: int
-    stages: int
+    stages: int  # tiles of keys on their way
+    value_stages: int
     sliding_window: int | None
     logit_soft_cap: float | None
     pages_dtype: Any

@@ -146,14 +146,14 @@ def _ceil(dividend: Word, divisor: Word | int) -> Word:
 
 
 def take_program(shape: Decode):
-    """The next ticket, before the last tile of an item: `program(counters, words, first, cut, row)`.
+    """The next ticket, before the last tiles of an item: `program(counters, words, first, cut, row)`.
 
     words[TICKET] is it once a barrier has followed. `first`: the stream has drawn none yet. `cut`: the item is one piece
-    of several of that row, which will be counted.
+    of several of that row, which will be counted. The last warp draws: the first one goes on to ask for tiles.
     """
 
     def program(counters: Pointer, words: Pointer, first: Word, cut: Word, row: Word) -> None:
-        with simt.when(simt.thread_of_warpgroup().equals(0)):
+        with simt.when(simt.thread_of_warpgroup().equals(THREADS - WARP)):
             with simt.when(first.equals(1)):
                 simt_marks.wait_for_counter(counters, TICKETS)
             ticket = simt_marks.count(counters, TICKETS)
@@ -168,7 +168,7 @@ def begin_program(shape: Decode):
     """For a stream behind the first wave, as if it had drawn the ticket of its number: `program(words)`."""
 
     def program(words: Pointer) -> None:
-        with simt.when(simt.thread_of_warpgroup().equals(0)):
+        with simt.when(simt.thread_of_warpgroup().equals(THREADS - WARP)):
             words.store(TICKET, simt.block() // shape.num_kv_heads - shape.streams_of_head)
 
     return program

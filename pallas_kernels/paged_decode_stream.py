@@ -13,6 +13,8 @@ from jmoe.pallas_kernels import paged_decode_queue as queue
 from jmoe.pallas_kernels import simt
 from jmoe.pallas_kernels.paged_decode_plan import PIECES, TILE_UNITS, UNIT, Decode
 
+AHEAD = 2  # tiles before the end of an item when the next ticket is drawn: it takes 1 to 2 us
+
 
 def num_tiles(units):
     return lax.div(units + (TILE_UNITS - 1), jnp.int32(TILE_UNITS))
@@ -96,12 +98,13 @@ def load_pages(stream: Stream, planned, table_g, queries, sides) -> None:
       planned: the barrier of the stream's plan.
       table_g: `[rows, max_pages]`.
       queries: (q `[rows * Q, H]` in memory, a row's and head's first there, their places in shared memory).
-      sides: (pages in memory, their tiles in shared memory, barriers of full and of free tiles) of keys and of values.
+      sides: (pages in memory, their tiles in shared memory, how many, barriers of full and of free ones) of keys and of
+        values.
     """
-    shape, stages = stream.shape, stream.shape.stages
+    shape = stream.shape
 
     def load_piece(pieces, items, tile, code):
-        """How many tiles it has. The next ticket is drawn before the last one, to be there behind it."""
+        """How many tiles it has. The next ticket is drawn before the last ones, to be there behind them."""
         row, piece, count, first, length, low, _ = stream.extent(code)
         q_g, first_query, q_s = queries
         stream.announce(pieces, code)
@@ -121,18 +124,18 @@ def load_pages(stream: Stream, planned, table_g, queries, sides) -> None:
                 stream.take(items == 0, jnp.logical_not(whole), row)
 
         def load(i, _):
-            slot = lax.rem(tile + i, jnp.int32(stages))
             where = []
             for j in range(TILE_UNITS):  # behind the row's end its last unit again, out of L2
                 token = (base + jnp.minimum(i * TILE_UNITS + j, length - 1)) * UNIT
                 page = table_g[row, lax.div(token, jnp.int32(shape.page_len))]
                 where.append((page, pl.ds(lax.rem(token, jnp.int32(shape.page_len)), UNIT), stream.head))
             if not shape.interpret:
-                pl.when(i == tiles - 1)(draw)
-            for pages, smem, full, free in sides:
+                pl.when(i == jnp.maximum(tiles - AHEAD, 0))(draw)
+            for pages, smem, stages, full, free in sides:
+                slot = lax.rem(tile + i, jnp.int32(stages))
 
                 @pl.when(tile + i >= stages)
-                def _(free=free):
+                def _(free=free, slot=slot):
                     plgpu.barrier_wait(free.at[slot])
 
                 for j, cells in enumerate(where):
@@ -176,9 +179,9 @@ def load_pages(stream: Stream, planned, table_g, queries, sides) -> None:
             stream.take(pieces == 0, pieces > 0, pieces)
             stream.find()
 
-    for last in range(1, stages + 1):
+    for *_, stages, _, free in sides:
+        for last in range(1, stages + 1):
 
-        @pl.when(brought >= last)
-        def _(last=last):
-            for *_, free in sides:
+            @pl.when(brought >= last)
+            def _(free=free, stages=stages, last=last):
                 plgpu.barrier_wait(free.at[lax.rem(brought - last, jnp.int32(stages))])
