@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jmoe.pallas_kernels import paged_decode_queue as queue
 from jmoe.pallas_kernels import simt
 from jmoe.pallas_kernels.grouped_matmul_threads import load_by_row
-from jmoe.pallas_kernels.paged_decode_plan import CONSUMERS, MASKED, TILE, UNIT, Decode
+from jmoe.pallas_kernels.paged_decode_plan import MASKED, TILE, UNIT, Decode
 from jmoe.pallas_kernels.paged_decode_queue import THREADS
 from jmoe.pallas_kernels.paged_decode_stream import Stream, load_pages, num_tiles
 
@@ -78,12 +78,12 @@ def body_of(shape: Decode):
             start = jnp.minimum(want, shape.flat_rows - n)
             return start, want - start
 
-        @pl.when(role == CONSUMERS)
+        @pl.when(role == shape.consumers)
         def _load():
             sides = (k_g, k_s, shape.stages, k_full, k_free), (v_g, v_s, shape.value_stages, v_full, v_free)
             load_pages(stream, planned, table_g, (q_g, lambda row: place(row)[0], raw_q_s), sides)
 
-        @pl.when(role < CONSUMERS)
+        @pl.when(role < shape.consumers)
         def _compute():
             if not shape.interpret:
 
@@ -130,7 +130,7 @@ def body_of(shape: Decode):
 
             def merge(row, count):
                 """All pieces of a row, in order; some on their way together, as each takes a microsecond to come."""
-                at_once = min(8, AT_ONCE * THREADS // (n * head_dim))
+                at_once = min(8, AT_ONCE * THREADS // (n * head_dim)) // (1 if shape.consumers == 2 else 4)
 
                 def step(i, found):
                     first = i * at_once
@@ -242,8 +242,11 @@ def body_of(shape: Decode):
                 row, piece, count, first, length, low, high = stream.extent(code)
                 base = (lax.div(low, jnp.int32(UNIT)) + first) * UNIT
                 found = attended(tile, num_tiles(length), low - base, high - base)
-                pl.when(role == 1)(lambda: hand_over(number, found))
-                pl.when(role == 0)(lambda: end(row, piece, count, join(found)))
+                if shape.consumers == 1:
+                    end(row, piece, count, found)
+                else:
+                    pl.when(role == 1)(lambda: hand_over(number, found))
+                    pl.when(role == 0)(lambda: end(row, piece, count, join(found)))
                 return num_tiles(length)
 
             def over_tokens(kind, value):
@@ -253,11 +256,11 @@ def body_of(shape: Decode):
 
             def attended(tile, tiles, low, high):
                 """acc, maxima and sums of the consumer's tiles of a piece; low and high from its first token on."""
-                own = lax.rem(tile + role, jnp.int32(CONSUMERS))  # the first; whose a tile is goes by its slot
+                own = lax.rem(tile + role, jnp.int32(shape.consumers))  # the first; whose a tile is goes by its slot
 
                 def attend(step, carry):
                     acc, m, total = carry
-                    i = own + step * CONSUMERS
+                    i = own + step * shape.consumers
                     k_slot, v_slot = (lax.rem(tile + i, jnp.int32(n)) for n in (shape.stages, shape.value_stages))
                     plgpu.barrier_wait(k_full.at[k_slot])
                     s = scores_of(k_slot)
@@ -283,7 +286,7 @@ def body_of(shape: Decode):
                     return acc * _down(alpha, head_dim) + new, m_new, total * _down(alpha, TILE) + p
 
                 none = _filled(0, (head_dim, n), LAYOUT), _filled(MASKED, (n,), BY_HEAD), _filled(0, (TILE, n), LAYOUT)
-                acc, m, total = lax.fori_loop(0, lax.div(tiles + 1 - own, jnp.int32(CONSUMERS)), attend, none)
+                acc, m, total = lax.fori_loop(0, lax.div(tiles + (shape.consumers - 1) - own, jnp.int32(shape.consumers)), attend, none)
                 return acc, m, over_tokens("add", total)
 
             def step(state):
@@ -294,9 +297,11 @@ def body_of(shape: Decode):
             start = jnp.int32(0), jnp.int32(0), stream.heard(jnp.int32(0))
             number, *_ = lax.while_loop(lambda state: state[2] < shape.end, step, start)
 
-            @pl.when((role == 1) & (number > 0))
-            def _():
-                plgpu.barrier_wait(joined)
+            if shape.consumers == 2:
+
+                @pl.when((role == 1) & (number > 0))
+                def _():
+                    plgpu.barrier_wait(joined)
 
             plgpu.wait_smem_to_gmem(0)
 

@@ -6,7 +6,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.pallas_kernels import paged_decode_plan as planning
 from jmoe.pallas_kernels.paged_decode_body import LOG2E, body_of
-from jmoe.pallas_kernels.paged_decode_plan import CONSUMERS, MASKED, TILE, TILE_UNITS, Cut, Decode
+from jmoe.pallas_kernels.paged_decode_plan import MASKED, TILE, TILE_UNITS, Cut, Decode
 from jmoe.pallas_kernels.paged_decode_queue import WORDS, num_counters
 
 # Of pages under way in a stream, one an SM: 17 MB in all. More were slower in every case tried (0.5 to 5 %): what the
@@ -17,7 +17,7 @@ REDUCED = 2 * 128  # words of a sum or maximum over a tile's tokens: two columns
 
 def paged_decode(
     q, k_pages, v_pages, page_table, start_pos, num_tokens, sinks, k_scale, v_scale, *,
-    sliding_window=None, logit_soft_cap=None, num_sms=132, stages=None, tokens=Cut(),
+    sliding_window=None, logit_soft_cap=None, num_sms=132, stages=None, consumers=2, tokens=Cut(),
     interpret=False,
 ):  # fmt: skip
     """See `paged_attention`.
@@ -42,10 +42,11 @@ def paged_decode(
     page_len, num_kv_heads = k_pages.shape[1:3]
     small = k_pages.dtype.itemsize == 1
     fit = (RING_BYTES_FLOAT8 if small else RING_BYTES) // (2 * TILE * head_dim * k_pages.dtype.itemsize)
-    stages = stages or (min(fit // CONSUMERS * CONSUMERS, MOST_STAGES),) * 2
-    of_head = max(1, num_sms // num_kv_heads)
+    per_sm = 2 // consumers
+    stages = stages or (min(fit // per_sm // consumers * consumers, MOST_STAGES),) * 2
+    of_head = max(1, per_sm * num_sms // num_kv_heads)
     shape = Decode(
-        rows, num_heads, num_kv_heads, head_dim, page_len, page_table.shape[1], of_head * num_kv_heads,
+        rows, num_heads, num_kv_heads, head_dim, page_len, page_table.shape[1], of_head * num_kv_heads, consumers,
         *stages, sliding_window, logit_soft_cap, k_pages.dtype, q.dtype,
         interpret, tokens,
     )  # fmt: skip
@@ -75,7 +76,7 @@ def _kernel(shape: Decode):
         return plgpu.SMEM(sizes, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
     pieces = shape.rows, shape.num_kv_heads, shape.most
-    values = (CONSUMERS, TILE, head_dim) if shape.small_pages else (1, 8, 64)  # where float8 values become float16
+    values = (shape.consumers, TILE, head_dim) if shape.small_pages else (1, 8, 64)  # where float8 values become float16
     return plgpu.kernel(
         body_of(shape),
         out_type=(
@@ -86,7 +87,7 @@ def _kernel(shape: Decode):
         ),
         grid=(streams,),
         grid_names=("stream",),
-        num_threads=CONSUMERS + 1,
+        num_threads=shape.consumers + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         scratch_types=[
@@ -94,12 +95,12 @@ def _kernel(shape: Decode):
             tiles(shape.value_stages, TILE, head_dim, dtype=shape.pages_dtype),
             tiles(*values, dtype=shape.dtype),
             plgpu.SMEM((shape.messages, n, head_dim), shape.out_dtype),
-            tiles(CONSUMERS, n, head_dim, dtype=shape.dtype),
-            tiles(CONSUMERS, n, TILE, dtype=shape.dtype),
+            tiles(shape.consumers, n, head_dim, dtype=shape.dtype),
+            tiles(shape.consumers, n, TILE, dtype=shape.dtype),
             plgpu.SMEM((n, head_dim), shape.out_dtype),
             *[plgpu.SMEM((head_dim, n), jnp.float32)] * 2,
             plgpu.SMEM((2, 2, n), jnp.float32),
-            plgpu.SMEM((CONSUMERS, REDUCED), jnp.float32),
+            plgpu.SMEM((shape.consumers, REDUCED), jnp.float32),
             plgpu.SMEM((WORDS + shape.messages,), jnp.int32),
             plgpu.SMEM((shape.rows,), jnp.int32),
             *[plgpu.Barrier(num_arrivals=TILE_UNITS, num_barriers=n) for n in (shape.stages, shape.value_stages)],

@@ -21,7 +21,6 @@ from jax import lax
 UNIT = 16  # tokens
 TILE_UNITS = 4  # 64 tokens: wgmma's M
 TILE = UNIT * TILE_UNITS
-CONSUMERS = 2  # warpgroups that compute, a stream
 MASKED = -1e30
 PIECES = 64  # bound of a row's pieces
 CLASSES = 8  # of pieces' lengths, to take long ones first
@@ -59,6 +58,7 @@ class Decode:
     page_len: int
     max_pages: int
     num_streams: int
+    consumers: int  # warpgroups that compute, a stream
     stages: int  # tiles of keys on their way
     value_stages: int
     sliding_window: int | None

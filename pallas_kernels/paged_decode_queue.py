@@ -123,12 +123,17 @@ def _num_units(shape: Decode, row: Word, start_pos: Pointer, num_tokens: Pointer
     return (there & (units >= 1)).select(units, 1)
 
 
-def _items(shape: Decode, units: Word, tiles: Word, most: Word) -> tuple[Word, Word, Word]:
-    """Of a row: how many it has, units of the first, and whether it is one item, as it has `most` tiles at most."""
+def _cut(shape: Decode, units: Word) -> tuple[Word, Word]:
+    """As `Decode.cut`."""
     count = shape.wanted(units, _larger, _smaller, lambda a, b: a // b)
     count = _larger(_smaller(count, shape.most), 1)
     length = _ceil(_ceil(units, count), TILE_UNITS) * TILE_UNITS
-    count = _ceil(units, length)
+    return _ceil(units, length), length
+
+
+def _items(shape: Decode, units: Word, tiles: Word, most: Word) -> tuple[Word, Word, Word]:
+    """Of a row: how many it has, units of the first, and whether it is one item, as it has `most` tiles at most."""
+    count, length = _cut(shape, units)
     whole = (count < 2) | (tiles < most + 1)
     return whole.select(1, count), whole.select(tiles * TILE_UNITS, length), whole.count()
 
@@ -199,6 +204,28 @@ def find_program(shape: Decode):
         with simt.when(thread.equals(0) & ticket.equals(last)):
             simt_marks.stop_counting(counters, TICKETS)
         simt.barrier()
+
+    return program
+
+
+def touch_program(shape: Decode, with_tokens: bool):
+    """Brings what the loads of the item in words[CODE] begin with: `program(start_pos, [num_tokens], table, words)`.
+
+    One warp, which waits for it alone: the row's length, and the first 32 pages of its table.
+    """
+
+    def program(*pointers: Pointer) -> None:
+        start_pos, *tokens, table, words = pointers
+        thread, code = simt.thread_of_warpgroup(), words.load(CODE)
+        row, piece = code // PIECES, code % PIECES
+        with simt.when((thread >= 2 * WARP) & (thread < 3 * WARP) & (code < shape.end)):
+            num_tokens = tokens[0] if with_tokens else None
+            first = piece * _cut(shape, _num_units(shape, row, start_pos, num_tokens))[1] * UNIT
+            if shape.sliding_window is not None:
+                low = start_pos.load(row) + (1 - shape.sliding_window)
+                first = first + (low < 0).select(0, low)
+            page = _smaller(first // shape.page_len + thread % WARP, shape.max_pages - 1)
+            simt_marks.touch(table.skip(row, 4 * shape.max_pages), page)
 
     return program
 

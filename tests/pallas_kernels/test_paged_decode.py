@@ -38,7 +38,7 @@ SHORT = planning.Cut(least=128, few=64, whole=256)
 def shape_of(rows, num_kv_heads=1, streams=3, window=None, max_pages=256, tokens=SHORT):
     heads, kinds = (2 * num_kv_heads, num_kv_heads), (jnp.bfloat16, jnp.bfloat16)
     return planning.Decode(
-        rows, *heads, 64, 16, max_pages, streams * num_kv_heads, 2, 2, window, None, *kinds, True, tokens
+        rows, *heads, 64, 16, max_pages, streams * num_kv_heads, 2, 2, 2, window, None, *kinds, True, tokens
     )
 
 
