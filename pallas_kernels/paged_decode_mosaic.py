@@ -17,7 +17,7 @@ REDUCED = 2 * 128  # words of a sum or maximum over a tile's tokens: two columns
 
 def paged_decode(
     q, k_pages, v_pages, page_table, start_pos, num_tokens, sinks, k_scale, v_scale, *,
-    sliding_window=None, logit_soft_cap=None, num_sms=132, stages=None, consumers=2, tokens=Cut(),
+    sliding_window=None, logit_soft_cap=None, num_sms=132, stages=None, consumers=None, tokens=Cut(),
     interpret=False,
 ):  # fmt: skip
     """See `paged_attention`.
@@ -42,6 +42,7 @@ def paged_decode(
     page_len, num_kv_heads = k_pages.shape[1:3]
     small = k_pages.dtype.itemsize == 1
     fit = (RING_BYTES_FLOAT8 if small else RING_BYTES) // (2 * TILE * head_dim * k_pages.dtype.itemsize)
+    consumers = consumers or (1 if rows >= 128 and not small and head_dim <= 128 and num_heads // num_kv_heads <= 8 else 2)
     per_sm = 2 // consumers
     stages = stages or (min(fit // per_sm // consumers * consumers, MOST_STAGES),) * 2
     of_head = max(1, per_sm * num_sms // num_kv_heads)

@@ -151,14 +151,14 @@ def _ceil(dividend: Word, divisor: Word | int) -> Word:
 
 
 def take_program(shape: Decode):
-    """The next ticket, before the last tiles of an item: `program(counters, words, first, cut, row)`.
+    """The next ticket, before the last tile of an item: `program(counters, words, first, cut, row)`.
 
     words[TICKET] is it once a barrier has followed. `first`: the stream has drawn none yet. `cut`: the item is one piece
-    of several of that row, which will be counted. The last warp draws: the first one goes on to ask for tiles.
+    of several of that row, which will be counted.
     """
 
     def program(counters: Pointer, words: Pointer, first: Word, cut: Word, row: Word) -> None:
-        with simt.when(simt.thread_of_warpgroup().equals(THREADS - WARP)):
+        with simt.when(simt.thread_of_warpgroup().equals(0)):
             with simt.when(first.equals(1)):
                 simt_marks.wait_for_counter(counters, TICKETS)
             ticket = simt_marks.count(counters, TICKETS)
@@ -173,7 +173,7 @@ def begin_program(shape: Decode):
     """For a stream behind the first wave, as if it had drawn the ticket of its number: `program(words)`."""
 
     def program(words: Pointer) -> None:
-        with simt.when(simt.thread_of_warpgroup().equals(THREADS - WARP)):
+        with simt.when(simt.thread_of_warpgroup().equals(0)):
             words.store(TICKET, simt.block() // shape.num_kv_heads - shape.streams_of_head)
 
     return program
@@ -204,28 +204,6 @@ def find_program(shape: Decode):
         with simt.when(thread.equals(0) & ticket.equals(last)):
             simt_marks.stop_counting(counters, TICKETS)
         simt.barrier()
-
-    return program
-
-
-def touch_program(shape: Decode, with_tokens: bool):
-    """Brings what the loads of the item in words[CODE] begin with: `program(start_pos, [num_tokens], table, words)`.
-
-    One warp, which waits for it alone: the row's length, and the first 32 pages of its table.
-    """
-
-    def program(*pointers: Pointer) -> None:
-        start_pos, *tokens, table, words = pointers
-        thread, code = simt.thread_of_warpgroup(), words.load(CODE)
-        row, piece = code // PIECES, code % PIECES
-        with simt.when((thread >= 2 * WARP) & (thread < 3 * WARP) & (code < shape.end)):
-            num_tokens = tokens[0] if with_tokens else None
-            first = piece * _cut(shape, _num_units(shape, row, start_pos, num_tokens))[1] * UNIT
-            if shape.sliding_window is not None:
-                low = start_pos.load(row) + (1 - shape.sliding_window)
-                first = first + (low < 0).select(0, low)
-            page = _smaller(first // shape.page_len + thread % WARP, shape.max_pages - 1)
-            simt_marks.touch(table.skip(row, 4 * shape.max_pages), page)
 
     return program
 

@@ -13,8 +13,6 @@ from jmoe.pallas_kernels import paged_decode_queue as queue
 from jmoe.pallas_kernels import simt
 from jmoe.pallas_kernels.paged_decode_plan import PIECES, TILE_UNITS, UNIT, Decode
 
-AHEAD = 3  # tiles before the end of an item when the next ticket is drawn: it takes 1 to 2 us
-
 
 def num_tiles(units):
     return lax.div(units + (TILE_UNITS - 1), jnp.int32(TILE_UNITS))
@@ -76,14 +74,7 @@ class Stream:
 
     def find(self):
         simt.program(queue.find_program(self.shape), self.counters_g, self.words_s, self.rows_s)
-
-    def found(self):
         return self.words_s[queue.CODE]
-
-    def touch(self, table_g):
-        """Asks for what the item that `find` found begins with."""
-        given = [self.start_g, *([] if self.tokens_g is None else [self.tokens_g])]
-        simt.program(queue.touch_program(self.shape, self.tokens_g is not None), *given, table_g, self.words_s)
 
     def announce(self, count, code):
         """Puts a piece, or `end`, where the other warpgroup looks once the message's barrier lets it."""
@@ -111,7 +102,7 @@ def load_pages(stream: Stream, planned, table_g, queries, sides) -> None:
     shape = stream.shape
 
     def load_piece(pieces, items, tile, code):
-        """How many tiles it has. The next ticket is drawn before the last ones, to be there behind them."""
+        """How many tiles it has. The next ticket is drawn before the last one, to be there behind it."""
         row, piece, count, first, length, low, _ = stream.extent(code)
         q_g, first_query, q_s = queries
         stream.announce(pieces, code)
@@ -130,12 +121,6 @@ def load_pages(stream: Stream, planned, table_g, queries, sides) -> None:
             def _():
                 stream.take(items == 0, jnp.logical_not(whole), row)
 
-        def look_ahead():
-            @pl.when(jnp.logical_not(stream.whole(row)) | (piece == count - 1))
-            def _():
-                stream.find()
-                stream.touch(table_g)
-
         def load(i, _):
             where = []
             for j in range(TILE_UNITS):  # behind the row's end its last unit again, out of L2
@@ -143,8 +128,7 @@ def load_pages(stream: Stream, planned, table_g, queries, sides) -> None:
                 page = table_g[row, lax.div(token, jnp.int32(shape.page_len))]
                 where.append((page, pl.ds(lax.rem(token, jnp.int32(shape.page_len)), UNIT), stream.head))
             if not shape.interpret:
-                pl.when(i == jnp.maximum(tiles - AHEAD, 0))(draw)
-                pl.when(i == tiles - 1)(look_ahead)
+                pl.when(i == tiles - 1)(draw)
             for pages, smem, stages, full, free in sides:
                 slot = lax.rem(tile + i, jnp.int32(stages))
 
@@ -165,15 +149,14 @@ def load_pages(stream: Stream, planned, table_g, queries, sides) -> None:
         def behind():
             plgpu.barrier_wait(planned)
             simt.program(queue.begin_program(shape), stream.words_s)
-            stream.find()
-            return stream.found()
+            return stream.find()
 
         if shape.interpret:
             return stream.plan_g[stream.number]
         return lax.cond(stream.number < shape.first_wave, lambda: stream.number * PIECES, behind)
 
     def next_item(items):
-        return stream.plan_g[stream.number + items * shape.streams_of_head] if shape.interpret else stream.found()
+        return stream.plan_g[stream.number + items * shape.streams_of_head] if shape.interpret else stream.find()
 
     def step(state):
         pieces, items, tile, code = state

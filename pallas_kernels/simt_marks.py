@@ -110,8 +110,3 @@ def count(pointer: Pointer, index: Word | int, order: str = "relaxed") -> Word:
 
 def _word(pointer: Pointer, index: Word | int):
     return pointer.at(index, ir.IntegerType.get_signless(64))
-
-
-def touch(pointer: Pointer, index: Word | int) -> None:
-    """Loads a word for nothing but to have it near."""
-    run("{ .reg .b32 a; ld.global.b32 a, [$0]; }", [pointer.at(index, simt.i32())], "l")
