@@ -16,6 +16,7 @@ from jmoe.pallas_kernels import paged_decode_queue as queue
 from jmoe.pallas_kernels import simt
 from jmoe.pallas_kernels.grouped_matmul_threads import load_by_row
 from jmoe.pallas_kernels.paged_decode_plan import MASKED, TILE, UNIT, Decode
+from jmoe.pallas_kernels.paged_decode_queue import THREADS
 from jmoe.pallas_kernels.paged_decode_stream import Stream, load_pages, num_tiles
 
 LOG2E = math.log2(math.e)
@@ -23,6 +24,7 @@ LAYOUT = plgpu.Layout.WGMMA
 TURNED = plgpu.Layout.WGMMA_TRANSPOSED  # the same, by columns: what is stored transposed
 BYTES = plgpu.Layout.WGMMA_UPCAST_2X  # of 8-bit elements that will be 16-bit ones in LAYOUT
 BY_HEAD = LAYOUT.reduce(0)
+AT_ONCE = 64  # numbers a thread of partial results on their way: of 8, where a KV head has up to 8 query heads of 128
 
 
 def _down(vector, length):
@@ -57,8 +59,8 @@ def body_of(shape: Decode):
     def body(
         q_g, k_g, v_g, table_g, start_g, tokens_g, k_scale_g, v_scale_g, sinks_g, whole_g, plan_g,
         out_g, acc_g, ml_g, counters_g,
-        k_s, v_s, wide_s, raw_q_s, q_s, p_s, o_s, sums_s, ml_s, reduced_s, words_s, rows_s,
-        k_full, v_full, k_free, v_free, announced, planned, left, taken,
+        k_s, v_s, wide_s, raw_q_s, q_s, p_s, o_s, run_s, half_s, ml_s, reduced_s, words_s, rows_s,
+        k_full, v_full, k_free, v_free, announced, planned, halved, joined,
     ):  # fmt: skip
         block, role = lax.axis_index("stream"), lax.axis_index("wg")
         if not shape.interpret:
@@ -81,140 +83,113 @@ def body_of(shape: Decode):
             sides = (k_g, k_s, shape.stages, k_full, k_free), (v_g, v_s, shape.value_stages, v_full, v_free)
             load_pages(stream, planned, table_g, (q_g, lambda row: place(row)[0], raw_q_s), sides)
 
-        def sums_of(consumer):
-            return sums_s.at[1 + consumer], ml_s.at[1 + consumer]
-
-        def sinks_of(first):
-            if shape.interpret:
-                return plgpu.load(sinks_g.at[pl.ds(first, n)], (), layout=BY_HEAD, optimized=False)
-            return load_by_row(sinks_g, n, first, jnp.int32(0), reduced=0)
-
-        def write(row, acc, m, total):
-            """total [n], already summed."""
-            skipped = place(row)[1]
-            if sinks_g is not None:
-                total = total + jnp.exp2(sinks_of(n + head * group - skipped) - m)
-            out = acc * _down(v_scale_g[0] / total, head_dim)
-            o_s.T[...] = plgpu.layout_cast(out.astype(shape.out_dtype), TURNED)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o_s.at[pl.ds(skipped, group)], out_g.at[row, pl.ds(head * group, group)])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-        def partial(row, index):
-            at = row, head, index
-            m, total = (plgpu.load(ml_g.at[*at, i], (), layout=BY_HEAD, optimized=False) for i in (0, 1))
-            return plgpu.load(acc_g.at[at], (), layout=LAYOUT, optimized=False), m, total
-
-        def keep(row, index, acc, m, total):
-            acc_g[row, head, index] = acc
-            ml_g[row, head, index, 0] = m
-            ml_g[row, head, index, 1] = total
-
-        def add(sum_of_earlier, piece):
-            """Maxima are whole numbers, so the factors powers of two: no product is rounded."""
-            (acc, m, total), (acc_i, m_i, total_i) = sum_of_earlier, piece
-            m_new = jnp.maximum(m, m_i)
-            old, new = jnp.exp2(m - m_new), jnp.exp2(m_i - m_new)
-            acc = acc * _down(old, head_dim) + acc_i * _down(new, head_dim)
-            return acc, m_new, total * old + total_i * new
-
-        def merge(row, count):
-            """All pieces of a row, in order; some on their way together, as each takes a microsecond to come."""
-            at_once = (8 if shape.finisher else 4 if head_dim > 128 else 2) * 8 // n  # as registers allow
-
-            def step(i, found):
-                first = i * at_once
-                together = [partial(row, jnp.minimum(first + j, count - 1)) for j in range(at_once)]
-                for j, piece in enumerate(together):
-                    more = add(found, piece)
-                    there = first + j < count
-                    found = tuple(jnp.where(there, new, old) for new, old in zip(more, found, strict=True))
-                return found
-
-            none = tuple(_filled(value, (n,), BY_HEAD) for value in (MASKED, 0))
-            rounds = lax.div(count + (at_once - 1), jnp.int32(at_once))
-            write(row, *lax.fori_loop(0, rounds, step, (_filled(0, (head_dim, n), LAYOUT), *none)))
-
-        run = sums_s.at[0], ml_s.at[0]
-
-        def store(place, acc, m, total):
-            place[0][...], place[1][0], place[1][1] = acc, m, total
-
-        def stored(place):
-            m, total = (plgpu.load(place[1].at[i], (), layout=BY_HEAD, optimized=False) for i in (0, 1))
-            return plgpu.load(place[0], (), layout=LAYOUT, optimized=False), m, total
-
-        def end(row, piece, count, found):
-            """Of a piece: added up where the row is one item, else a partial result; who ends the last adds those up."""
-            whole = stream.whole(row)
-            found = lax.cond(whole & (piece > 0), lambda: add(stored(run), found), lambda: found)
-
-            @pl.when(whole & (piece == count - 1))
-            def _():
-                write(row, *found)
-
-            @pl.when(whole & (piece < count - 1))
-            def _():
-                store(run, *found)
-
-            @pl.when(jnp.logical_not(whole))
-            def _():
-                keep(row, piece, *found)
-                if not shape.interpret:
-                    simt.program(queue.ended_program(shape), stream.counters_g, words_s, words=(row, count))
-                    pl.when(words_s[queue.BEFORE] == count - 1)(lambda: merge(row, count))
-
-        def plan():
-            if not shape.interpret:
-                stream.plan()
-                plgpu.barrier_arrive(planned)
-
-        def each_piece(attend_to):
-            """attend_to(number, code, tile) for the stream's pieces; how many there were."""
-
-            def step(state):
-                number, tile, code = state
-                attend_to(number, code, tile)
-                return number + 1, tile + num_tiles(stream.extent(code)[4]), stream.heard(number + 1)
-
-            start = jnp.int32(0), jnp.int32(0), stream.heard(jnp.int32(0))
-            return lax.while_loop(lambda state: state[2] < shape.end, step, start)[0]
-
-        if shape.finisher:
-
-            @pl.when(role == shape.consumers + 1)
-            def _finish():
-                plan()
-
-                def piece(_number, code, _tile):
-                    plgpu.barrier_wait(left)
-                    found = stored(sums_of(0))
-                    for consumer in range(1, shape.consumers):  # a sum of two is the same, whoever has the even tiles
-                        found = add(found, stored(sums_of(consumer)))
-                    plgpu.barrier_arrive(taken)
-                    end(*stream.extent(code)[:3], found)
-
-                each_piece(piece)
-                plgpu.wait_smem_to_gmem(0)
-
         @pl.when(role < shape.consumers)
         def _compute():
-            if not shape.finisher:
-                plan()
+            if not shape.interpret:
+
+                @pl.when(role == 0)
+                def _():
+                    stream.plan()
+                    plgpu.barrier_arrive(planned)
+
             scale = k_scale_g[0] * (head_dim**-0.5 * LOG2E)
 
-            def leave(number, code, found):
-                """The consumer's tiles of the stream's piece of this number: to the finisher, if there is one."""
-                if not shape.finisher:
-                    end(*stream.extent(code)[:3], found)
-                    return
+            def sinks_of(first):
+                if shape.interpret:
+                    return plgpu.load(sinks_g.at[pl.ds(first, n)], (), layout=BY_HEAD, optimized=False)
+                return load_by_row(sinks_g, n, first, jnp.int32(0), reduced=0)
+
+            def write(row, acc, m, total):
+                """total [n], already summed."""
+                skipped = place(row)[1]
+                if sinks_g is not None:
+                    total = total + jnp.exp2(sinks_of(n + head * group - skipped) - m)
+                out = acc * _down(v_scale_g[0] / total, head_dim)
+                o_s.T[...] = plgpu.layout_cast(out.astype(shape.out_dtype), TURNED)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(o_s.at[pl.ds(skipped, group)], out_g.at[row, pl.ds(head * group, group)])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            def partial(row, index):
+                at = row, head, index
+                m, total = (plgpu.load(ml_g.at[*at, i], (), layout=BY_HEAD, optimized=False) for i in (0, 1))
+                return plgpu.load(acc_g.at[at], (), layout=LAYOUT, optimized=False), m, total
+
+            def keep(row, index, acc, m, total):
+                acc_g[row, head, index] = acc
+                ml_g[row, head, index, 0] = m
+                ml_g[row, head, index, 1] = total
+
+            def add(sum_of_earlier, piece):
+                """Maxima are whole numbers, so the factors powers of two: no product is rounded."""
+                (acc, m, total), (acc_i, m_i, total_i) = sum_of_earlier, piece
+                m_new = jnp.maximum(m, m_i)
+                old, new = jnp.exp2(m - m_new), jnp.exp2(m_i - m_new)
+                acc = acc * _down(old, head_dim) + acc_i * _down(new, head_dim)
+                return acc, m_new, total * old + total_i * new
+
+            def merge(row, count):
+                """All pieces of a row, in order; some on their way together, as each takes a microsecond to come."""
+                at_once = min(8, AT_ONCE * THREADS // (n * head_dim)) // (1 if shape.consumers == 2 else 4)
+
+                def step(i, found):
+                    first = i * at_once
+                    together = [partial(row, jnp.minimum(first + j, count - 1)) for j in range(at_once)]
+                    for j, piece in enumerate(together):
+                        more = add(found, piece)
+                        there = first + j < count
+                        found = tuple(jnp.where(there, new, old) for new, old in zip(more, found, strict=True))
+                    return found
+
+                none = tuple(_filled(value, (n,), BY_HEAD) for value in (MASKED, 0))
+                rounds = lax.div(count + (at_once - 1), jnp.int32(at_once))
+                write(row, *lax.fori_loop(0, rounds, step, (_filled(0, (head_dim, n), LAYOUT), *none)))
+
+            run, half = (run_s, ml_s.at[0]), (half_s, ml_s.at[1])
+
+            def store(place, acc, m, total):
+                place[0][...], place[1][0], place[1][1] = acc, m, total
+
+            def stored(place):
+                m, total = (plgpu.load(place[1].at[i], (), layout=BY_HEAD, optimized=False) for i in (0, 1))
+                return plgpu.load(place[0], (), layout=LAYOUT, optimized=False), m, total
+
+            def hand_over(number, found):
+                """The second consumer's tiles of the stream's piece of this number."""
 
                 @pl.when(number > 0)
                 def _():
-                    plgpu.barrier_wait(taken)
+                    plgpu.barrier_wait(joined)
 
-                store(sums_of(role), *found)
-                plgpu.barrier_arrive(left)
+                store(half, *found)
+                plgpu.barrier_arrive(halved)
+
+            def join(found):
+                """Both consumers' tiles: a sum of two is the same, whoever has the even ones."""
+                plgpu.barrier_wait(halved)
+                both = add(found, stored(half))
+                plgpu.barrier_arrive(joined)
+                return both
+
+            def end(row, piece, count, found):
+                """Of a piece: added up where the row is one item, else a partial result; who ends the last adds those up."""
+                whole = stream.whole(row)
+                found = lax.cond(whole & (piece > 0), lambda: add(stored(run), found), lambda: found)
+
+                @pl.when(whole & (piece == count - 1))
+                def _():
+                    write(row, *found)
+
+                @pl.when(whole & (piece < count - 1))
+                def _():
+                    store(run, *found)
+
+                @pl.when(jnp.logical_not(whole))
+                def _():
+                    keep(row, piece, *found)
+                    if not shape.interpret:
+                        simt.program(queue.ended_program(shape), stream.counters_g, words_s, words=(row, count))
+                        pl.when(words_s[queue.BEFORE] == count - 1)(lambda: merge(row, count))
 
             def widened(pages, slot, free):
                 """Float8 pages as wgmma reads them."""
@@ -257,16 +232,22 @@ def body_of(shape: Decode):
 
                 return tile
 
-            def attend_to(number, code, tile):
-                """The stream's piece of this number, whose tiles begin at number `tile`."""
+            def attend_to(code, number, tile):
+                """The stream's piece of this number, whose tiles begin at number `tile`; how many they are."""
                 queries = plgpu.load(raw_q_s.at[stream.message(number)].T, (), layout=TURNED, optimized=False)
                 if shape.small_pages:
                     queries = (queries.astype(jnp.float32) * scale).astype(dtype)
                 q_s.at[role].T[...] = queries
                 plgpu.commit_smem()
-                _, _, _, first, length, low, high = stream.extent(code)
+                row, piece, count, first, length, low, high = stream.extent(code)
                 base = (lax.div(low, jnp.int32(UNIT)) + first) * UNIT
-                leave(number, code, attended(tile, num_tiles(length), low - base, high - base))
+                found = attended(tile, num_tiles(length), low - base, high - base)
+                if shape.consumers == 1:
+                    end(row, piece, count, found)
+                else:
+                    pl.when(role == 1)(lambda: hand_over(number, found))
+                    pl.when(role == 0)(lambda: end(row, piece, count, join(found)))
+                return num_tiles(length)
 
             def over_tokens(kind, value):
                 if shape.interpret:
@@ -308,13 +289,20 @@ def body_of(shape: Decode):
                 acc, m, total = lax.fori_loop(0, lax.div(tiles + (shape.consumers - 1) - own, jnp.int32(shape.consumers)), attend, none)
                 return acc, m, over_tokens("add", total)
 
-            number = each_piece(attend_to)
-            if shape.finisher:
+            def step(state):
+                number, tile, code = state
+                tile = tile + attend_to(code, number, tile)
+                return number + 1, tile, stream.heard(number + 1)
 
-                @pl.when(number > 0)
+            start = jnp.int32(0), jnp.int32(0), stream.heard(jnp.int32(0))
+            number, *_ = lax.while_loop(lambda state: state[2] < shape.end, step, start)
+
+            if shape.consumers == 2:
+
+                @pl.when((role == 1) & (number > 0))
                 def _():
-                    plgpu.barrier_wait(taken)
-            else:
-                plgpu.wait_smem_to_gmem(0)
+                    plgpu.barrier_wait(joined)
+
+            plgpu.wait_smem_to_gmem(0)
 
     return body

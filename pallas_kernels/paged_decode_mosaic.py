@@ -42,10 +42,8 @@ def paged_decode(
     page_len, num_kv_heads = k_pages.shape[1:3]
     small = k_pages.dtype.itemsize == 1
     fit = (RING_BYTES_FLOAT8 if small else RING_BYTES) // (2 * TILE * head_dim * k_pages.dtype.itemsize)
-    # Many short rows need a finisher less than a second stream an SM, which goes on while the other begins with a row.
-    many = rows >= 128 and not small and head_dim <= 128 and num_heads <= 8 * num_kv_heads
-    consumers = consumers or (1 if many or head_dim > 128 else 2)
-    per_sm = 2 if consumers == 1 and head_dim <= 128 else 1
+    consumers = consumers or (1 if rows >= 128 and not small and head_dim <= 128 and num_heads // num_kv_heads <= 8 else 2)
+    per_sm = 2 // consumers
     stages = stages or (min(fit // per_sm // consumers * consumers, MOST_STAGES),) * 2
     of_head = max(1, per_sm * num_sms // num_kv_heads)
     shape = Decode(
@@ -90,7 +88,7 @@ def _kernel(shape: Decode):
         ),
         grid=(streams,),
         grid_names=("stream",),
-        num_threads=shape.warpgroups,
+        num_threads=shape.consumers + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         scratch_types=[
@@ -101,16 +99,14 @@ def _kernel(shape: Decode):
             tiles(shape.consumers, n, head_dim, dtype=shape.dtype),
             tiles(shape.consumers, n, TILE, dtype=shape.dtype),
             plgpu.SMEM((n, head_dim), shape.out_dtype),
-            plgpu.SMEM((shape.sums, head_dim, n), jnp.float32),
-            plgpu.SMEM((shape.sums, 2, n), jnp.float32),
+            *[plgpu.SMEM((head_dim, n), jnp.float32)] * 2,
+            plgpu.SMEM((2, 2, n), jnp.float32),
             plgpu.SMEM((shape.consumers, REDUCED), jnp.float32),
             plgpu.SMEM((WORDS + shape.messages,), jnp.int32),
             plgpu.SMEM((shape.rows,), jnp.int32),
             *[plgpu.Barrier(num_arrivals=TILE_UNITS, num_barriers=n) for n in (shape.stages, shape.value_stages)],
             *[plgpu.Barrier(num_barriers=n) for n in (shape.stages, shape.value_stages)],
             plgpu.Barrier(num_barriers=shape.messages),
-            plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=shape.consumers),
-            plgpu.Barrier(),
+            *[plgpu.Barrier()] * 3,
         ],
     )

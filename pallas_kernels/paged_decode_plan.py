@@ -102,27 +102,9 @@ class Decode:
 
     @property
     def messages(self) -> int:
-        """Pieces that a stream's loader may announce before all others begin with them.
-
-        All may be of one tile: those of the stages and two more may wait for a consumer, which has every other tile, and
-        the finisher may be two behind.
-        """
-        return self.stages + (4 if self.finisher else 2)
-
-    @property
-    def finisher(self) -> bool:
-        """Whether a warpgroup of its own adds up, counts and writes, so that the consumers need not wait for memory."""
-        return self.consumers > 1
-
-    @property
-    def sums(self) -> int:
-        """Of a row's earlier pieces, and of each consumer's tiles, where the finisher adds them up."""
-        return 1 + (self.consumers if self.finisher else 0)
-
-    @property
-    def warpgroups(self) -> int:
-        """Consumers, the loader and the finisher, in this order."""
-        return self.consumers + (2 if self.finisher else 1)
+        """Pieces that a stream's loader may announce before its slower consumer begins with them: as all may be of one
+        tile, every other one the consumer's, those of the stages and two more."""
+        return self.stages + 2
 
     @property
     def end(self) -> int:
