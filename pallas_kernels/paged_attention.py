@@ -148,8 +148,6 @@ def _pallas_refuses(q: jax.Array, k_pages: jax.Array, sliding_window: int | None
     group = q.shape[2] // num_kv_heads
     if group > 16:
         return f"expected at most 16 query heads a KV head, got {group}"
-    if group > 8 and head_dim > 128 and q.shape[0] > 256:  # shared memory
-        return f"expected at most 256 rows of more than 8 query heads of size 256 a KV head, got {q.shape[0]}"
     return ""
 
 

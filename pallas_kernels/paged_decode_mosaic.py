@@ -9,15 +9,17 @@ from jmoe.pallas_kernels.paged_decode_body import LOG2E, body_of
 from jmoe.pallas_kernels.paged_decode_plan import MASKED, TILE, TILE_UNITS, Cut, Decode
 from jmoe.pallas_kernels.paged_decode_queue import WORDS, num_counters
 
-# Of pages under way in a stream, one an SM: 17 MB in all. More were slower in every case tried (0.5 to 5 %): what the
-# streams themselves ask for waits in a longer queue. Float8 leaves room for what it becomes.
+# Of pages under way in an SM: 17 MB in all. Half as many are 3 to 5 % slower, 160 KB no faster. Float8 leaves room for
+# what it becomes.
 RING_BYTES, RING_BYTES_FLOAT8, MOST_STAGES = 128 * 1024, 96 * 1024, 8
+MANY_ROWS = 128
+CUT = Cut()
 REDUCED = 2 * 128  # words of a sum or maximum over a tile's tokens: two columns a thread
 
 
 def paged_decode(
     q, k_pages, v_pages, page_table, start_pos, num_tokens, sinks, k_scale, v_scale, *,
-    sliding_window=None, logit_soft_cap=None, num_sms=132, stages=None, consumers=None, tokens=Cut(),
+    sliding_window=None, logit_soft_cap=None, num_sms=132, stages=None, consumers=None, tokens=CUT,
     interpret=False,
 ):  # fmt: skip
     """See `paged_attention`.
@@ -31,6 +33,7 @@ def paged_decode(
       sinks: `[Q]` float32 or None.
       k_scale, v_scale: float32 scalars.
       num_sms: of the GPU.
+      consumers: warpgroups that compute, a stream; None for what is faster.
       stages: tiles of keys and of values on their way in a stream, multiples of the consumers; None for what fits.
       tokens: of pieces.
       interpret: run by the interpreter, which has no atomics: what streams share is merged in XLA.
@@ -42,14 +45,16 @@ def paged_decode(
     page_len, num_kv_heads = k_pages.shape[1:3]
     small = k_pages.dtype.itemsize == 1
     fit = (RING_BYTES_FLOAT8 if small else RING_BYTES) // (2 * TILE * head_dim * k_pages.dtype.itemsize)
-    consumers = consumers or (1 if rows >= 128 and not small and head_dim <= 128 and num_heads // num_kv_heads <= 8 else 2)
-    per_sm = 2 // consumers
-    stages = stages or (min(fit // per_sm // consumers * consumers, MOST_STAGES),) * 2
+    # Two streams an SM go on while one begins with a row: 0.8 to 1.2 % faster where rows are many. One of two consumers
+    # brings a row in half the time, which evens out few rows. They differ in registers too (`partials_at_once`).
+    many = rows >= MANY_ROWS and not small and num_heads <= 8 * num_kv_heads
+    consumers = consumers or (1 if many or head_dim > 128 else 2)
+    per_sm = 2 if consumers == 1 and head_dim <= 128 else 1
+    key_stages, value_stages = stages or (min(fit // per_sm // consumers * consumers, MOST_STAGES),) * 2
     of_head = max(1, per_sm * num_sms // num_kv_heads)
     shape = Decode(
         rows, num_heads, num_kv_heads, head_dim, page_len, page_table.shape[1], of_head * num_kv_heads, consumers,
-        *stages, sliding_window, logit_soft_cap, k_pages.dtype, q.dtype,
-        interpret, tokens,
+        key_stages, value_stages, sliding_window, logit_soft_cap, k_pages.dtype, q.dtype, interpret, tokens,
     )  # fmt: skip
     flat = q.reshape(rows * num_heads, head_dim)
     flat = jnp.pad(flat, ((0, shape.flat_rows - rows * num_heads), (0, 0)))
@@ -77,7 +82,7 @@ def _kernel(shape: Decode):
         return plgpu.SMEM(sizes, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
     pieces = shape.rows, shape.num_kv_heads, shape.most
-    values = (shape.consumers, TILE, head_dim) if shape.small_pages else (1, 8, 64)  # where float8 values become float16
+    wide = (shape.consumers, TILE, head_dim) if shape.small_pages else (1, 8, 64)  # where float8 becomes float16
     return plgpu.kernel(
         body_of(shape),
         out_type=(
@@ -94,13 +99,13 @@ def _kernel(shape: Decode):
         scratch_types=[
             tiles(shape.stages, TILE, head_dim, dtype=shape.pages_dtype),
             tiles(shape.value_stages, TILE, head_dim, dtype=shape.pages_dtype),
-            tiles(*values, dtype=shape.dtype),
+            tiles(*wide, dtype=shape.dtype),
             plgpu.SMEM((shape.messages, n, head_dim), shape.out_dtype),
             tiles(shape.consumers, n, head_dim, dtype=shape.dtype),
             tiles(shape.consumers, n, TILE, dtype=shape.dtype),
             plgpu.SMEM((n, head_dim), shape.out_dtype),
-            *[plgpu.SMEM((head_dim, n), jnp.float32)] * 2,
-            plgpu.SMEM((2, 2, n), jnp.float32),
+            plgpu.SMEM((shape.consumers, head_dim, n), jnp.float32),
+            plgpu.SMEM((shape.consumers, 2, n), jnp.float32),
             plgpu.SMEM((shape.consumers, REDUCED), jnp.float32),
             plgpu.SMEM((WORDS + shape.messages,), jnp.int32),
             plgpu.SMEM((shape.rows,), jnp.int32),

@@ -4,11 +4,11 @@ A unit is 16 tokens of one row, a piece some tiles of 64: where a row is cut int
 the call's sizes. Each piece is attended to by itself, and the pieces of a row are added up one by one in order of
 position. So no neighbour of a row changes a bit of its result, whoever attends to its pieces.
 
-A stream is a thread block of one KV head, and whenever it has asked for all of an item it takes the head's next one: the
-memory is busy until the last are taken, whatever the streams' speeds. An item is a piece, or all pieces of a row that is
-not long beside the others: those need no partial results. The first items of the first rows come first, one a stream,
-as a stream can begin with them before it knows any other row's length; then all others, the longest first, so that
-those taken last are short (`paged_decode_queue`).
+A stream is a thread block of one KV head, and whenever it has asked for all of an item it takes the head's next one:
+the memory is busy until the last are taken, whatever the streams' speeds. An item is a piece, or all pieces of a row
+that is not long beside the others: those need no partial results. The first items of the first rows come first, one a
+stream, as a stream can begin with them before it knows any other row's length; then all others, the longest first, so
+that those taken last are short (`paged_decode_queue`).
 """
 
 import dataclasses
@@ -105,6 +105,11 @@ class Decode:
         """Pieces that a stream's loader may announce before its slower consumer begins with them: as all may be of one
         tile, every other one the consumer's, those of the stages and two more."""
         return self.stages + 2
+
+    @property
+    def partials_at_once(self) -> int:
+        """That registers have room for: 168 a thread where two compute, 128 where two streams share an SM, else 255."""
+        return max(1, (8 if self.consumers > 1 else 4 if self.head_dim > 128 else 2) * 8 // self.columns)
 
     @property
     def end(self) -> int:

@@ -1,8 +1,8 @@
 """What the thread blocks of decode attention work out and count for themselves, thread by thread.
 
-A head's streams draw tickets and count the ends of pieces in scratch memory that nobody cleared: the head's first stream
-makes counters of the words, the others wait for that, and who counts last ends it. A fill by XLA would be a kernel of
-its own, 1.5 us.
+A head's streams draw tickets and count the ends of pieces in scratch memory that nobody cleared: the head's first
+stream makes counters of the words, the others wait for that, and who counts last ends it. A fill by XLA would be a
+kernel of its own, 1.5 us.
 
 A stream begins with the row of its own number, if there is one. Its second warpgroup meanwhile works out in what order
 all other items come: each row has the places from its begin on, as many as it has items left.
@@ -16,8 +16,8 @@ from jmoe.pallas_kernels.simt import WARP, Pointer, Word
 
 THREADS = 128
 WARPS = THREADS // WARP
-# Words of a stream: its ticket, and the first piece of the item at that place; how many items come behind the first wave;
-# how many pieces ended before this one; longest items of the warps, tiles of their rows, their items of two classes a word.
+# Words of a stream: its ticket, and the first piece of the item at that place; how many items come behind the first
+# wave; how many pieces ended before this one; of the warps their longest items, tiles, and items of two classes a word.
 TICKET, CODE, BEHIND, BEFORE, LONGEST, TILES, SUMS = 0, 1, 2, 3, 4, 8, 12
 WORDS = SUMS + CLASSES // 2 * WARPS
 # Of a head's counters, 64 bits each: tickets, and the pieces of each row that ended.
@@ -31,7 +31,7 @@ def num_counters(rows: int) -> int:
 
 
 def plan_program(shape: Decode, with_tokens: bool):
-    """The order of the items behind the first wave, by one warpgroup, as `decode_plan`; the first stream opens counters.
+    """The order of the items behind the first wave, by one warpgroup, as `decode_plan`; a first stream opens counters.
 
     `program(start_pos, num_tokens if with_tokens, counters, words, rows)`: words[BEHIND] says how many items there are,
     rows `[rows]` where each row's begin and how many it has, as begin * HALF + number, with WHOLE if it is one item.
@@ -101,9 +101,7 @@ def plan_program(shape: Decode, with_tokens: bool):
                 place = rank.equals(CLASSES - 1 - number).select(places[number], place)
             with simt.when(row < shape.rows):
                 rows.store(row, place * HALF + whole * WHOLE + count)
-            places = [
-                place + rank.equals(CLASSES - 1 - number).select(count, 0) for number, place in enumerate(places)
-            ]
+            places = [place + rank.equals(CLASSES - 1 - number).select(count, 0) for number, place in enumerate(places)]
         with simt.when(thread.equals(0)):
             words.store(BEHIND, begin)
         simt.barrier()
@@ -153,8 +151,8 @@ def _ceil(dividend: Word, divisor: Word | int) -> Word:
 def take_program(shape: Decode):
     """The next ticket, before the last tile of an item: `program(counters, words, first, cut, row)`.
 
-    words[TICKET] is it once a barrier has followed. `first`: the stream has drawn none yet. `cut`: the item is one piece
-    of several of that row, which will be counted.
+    words[TICKET] is it once a barrier has followed. `first`: the stream has drawn none yet. `cut`: the item is one
+    piece of several of that row, which will be counted.
     """
 
     def program(counters: Pointer, words: Pointer, first: Word, cut: Word, row: Word) -> None:

@@ -20,7 +20,7 @@ def num_tiles(units):
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """What both warpgroups know of it.
+    """What all its warpgroups know of it.
 
     Attributes:
       shape: of the call.
@@ -56,6 +56,12 @@ class Stream:
         count, each = self.shape.cut(units)
         return row, piece, count, piece * each, jnp.minimum(each, units - piece * each), low, high
 
+    def queries_of(self, row):
+        """Rows of q that fill the columns, and how many of the first ones belong to others."""
+        want = row * self.shape.num_heads + self.head * self.shape.group
+        start = jnp.minimum(want, self.shape.flat_rows - self.shape.columns)
+        return start, want - start
+
     def whole(self, row):
         """Whether all of a row's pieces are one item."""
         if self.shape.interpret:
@@ -76,8 +82,15 @@ class Stream:
         simt.program(queue.find_program(self.shape), self.counters_g, self.words_s, self.rows_s)
         return self.words_s[queue.CODE]
 
+    def ended(self, row, count):
+        """Counts a piece, of so many, whose partial result was stored."""
+        simt.program(queue.ended_program(self.shape), self.counters_g, self.words_s, words=(row, count))
+
+    def ended_before(self):
+        return self.words_s[queue.BEFORE]
+
     def announce(self, count, code):
-        """Puts a piece, or `end`, where the other warpgroup looks once the message's barrier lets it."""
+        """Puts a piece, or `end`, where the others look once the message's barrier lets them."""
         self.words_s[queue.WORDS + self.message(count)] = code
 
     def message(self, count):
@@ -95,7 +108,7 @@ def load_pages(stream: Stream, planned, table_g, queries, sides) -> None:
     Args:
       planned: the barrier of the stream's plan.
       table_g: `[rows, max_pages]`.
-      queries: (q `[rows * Q, H]` in memory, a row's and head's first there, their places in shared memory).
+      queries: q `[rows * Q, H]` in memory, and a place in shared memory a message.
       sides: (pages in memory, their tiles in shared memory, how many, barriers of full and of free ones) of keys and of
         values.
     """
@@ -104,10 +117,11 @@ def load_pages(stream: Stream, planned, table_g, queries, sides) -> None:
     def load_piece(pieces, items, tile, code):
         """How many tiles it has. The next ticket is drawn before the last one, to be there behind it."""
         row, piece, count, first, length, low, _ = stream.extent(code)
-        q_g, first_query, q_s = queries
+        q_g, q_s = queries
         stream.announce(pieces, code)
         at = stream.message(pieces)
-        plgpu.copy_gmem_to_smem(q_g.at[pl.ds(first_query(row), shape.columns)], q_s.at[at], stream.announced.at[at])
+        own = pl.ds(stream.queries_of(row)[0], shape.columns)
+        plgpu.copy_gmem_to_smem(q_g.at[own], q_s.at[at], stream.announced.at[at])
         base, tiles = lax.div(low, jnp.int32(UNIT)) + first, num_tiles(length)
 
         def draw():
@@ -177,7 +191,7 @@ def load_pages(stream: Stream, planned, table_g, queries, sides) -> None:
             stream.take(pieces == 0, pieces > 0, pieces)
             stream.find()
 
-    for *_, stages, _, free in sides:
+    for _pages, _tiles, stages, _full, free in sides:
         for last in range(1, stages + 1):
 
             @pl.when(brought >= last)

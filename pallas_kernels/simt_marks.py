@@ -82,7 +82,7 @@ COUNTS = 0x6A6D6F659E37 << 16  # the upper 48 bits of a word that counts; those 
 
 
 def count_from_zero(pointer: Pointer, index: Word | int) -> None:
-    """Makes a counter of a 64-bit word that nobody cleared. No fence, which takes 10 us beside loads of other threads."""
+    """Makes a counter of a 64-bit word that nobody cleared, without a fence: that takes 10 us beside others' loads."""
     run(f"{{ .reg .b64 a; mov.b64 a, {COUNTS}; st.relaxed.gpu.global.b64 [$0], a; }}", [_word(pointer, index)], "l")
 
 
@@ -102,7 +102,7 @@ def wait_for_counter(pointer: Pointer, index: Word | int) -> None:
 
 
 def count(pointer: Pointer, index: Word | int, order: str = "relaxed") -> Word:
-    """Counts one; how many were counted before. With `order` "acq_rel" what the warpgroup did before a barrier is done."""
+    """Counts one; how many were before. With `order` "acq_rel" what the warpgroup did before a barrier is done."""
     text = f"{{ .reg .b64 a; atom.{order}.gpu.global.add.u64 a, [$1], 1; cvt.u32.u64 $0, a; and.b32 $0, $0, 65535; }}"
     found = llvm.inline_asm(simt.i32(), [_word(pointer, index)], text, "=r,l,~{memory}", has_side_effects=True)
     return Word(found)

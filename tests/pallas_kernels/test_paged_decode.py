@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import sys
 
 import jax
@@ -141,16 +142,23 @@ def test_a_row_is_cut_alike_whatever_its_neighbours(rows, pieces):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The kernel on the CPU, as three streams or six: each costs a second."""
+    """`interpreted(num_sms, **options)`: the kernel on the CPU from then on; each stream costs a second.
+
+    In the end it must not have seen a race: two warpgroups at one place, one of them writing, and no barrier between.
+    """
     if jax.__version_info__ < (0, 11):
         pytest.skip(f"Mosaic GPU interpret mode with layout_cast needs jax 0.11 or newer, got {jax.__version__}")
-    from jax._src.pallas.mosaic_gpu.interpret import params
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, params
 
-    monkeypatch.setattr(public, "num_sms", lambda: 3)
-    interpret = functools.partial(public._pallas_decode, interpret=True, tokens=SHORT)
-    monkeypatch.setattr(public, "_pallas_decode", interpret)
-    with params.force_gpu_interpret_mode():
-        yield
+    form = public._pallas_decode
+
+    def begin(num_sms, **options):
+        monkeypatch.setattr(public, "num_sms", lambda: num_sms)
+        monkeypatch.setattr(public, "_pallas_decode", functools.partial(form, interpret=True, tokens=SHORT, **options))
+
+    with params.force_gpu_interpret_mode(params.InterpretGPUParams(detect_races=True)):
+        yield begin
+        assert not gpu_callbacks.get_races().races_found
 
 
 def rounded(batch, dtype):
@@ -182,6 +190,7 @@ def poisoned(batch, dtype):
 )
 def test_the_kernel_interpreted(interpreted, heads, head_dim, page_len, dtype, options):
     """Rows cut into several streams and rows whole; what stands behind a row's tokens is NaN."""
+    interpreted(num_sms=3)
     num_heads, num_kv_heads = heads
     max_pages = -(-max(LENGTHS) // page_len)
     batch = batch_of(LENGTHS, 1, num_heads, num_kv_heads, head_dim, page_len, max_pages)
@@ -190,6 +199,17 @@ def test_the_kernel_interpreted(interpreted, heads, head_dim, page_len, dtype, o
     given = {**options, "sinks": None if sinks is None else jnp.asarray(sinks)}
     got = np.asarray(paged_attention(*arguments, **given, implementation="pallas"), np.float32)
     np.testing.assert_allclose(got, oracle(rounded(batch, dtype), **options), rtol=2e-2, atol=3e-2)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("consumers", [1, 2])
+def test_many_pieces_of_one_tile_in_one_stream(interpreted, consumers):
+    """Which is as far ahead of its consumers as it can be: neither messages nor sums overtake who reads them."""
+    interpreted(num_sms=1, consumers=consumers, stages=(2, 2))
+    lengths = (*range(1, 65, 5), 70, 20, 130, 300)
+    batch = batch_of(lengths, 1, 4, 1, 64, 16, 19)
+    got = np.asarray(paged_attention(*poisoned(batch, "bfloat16"), implementation="pallas"), np.float32)
+    np.testing.assert_allclose(got, oracle(rounded(batch, "bfloat16")), rtol=2e-2, atol=3e-2)
 
 
 @pytest.mark.aot
@@ -215,6 +235,23 @@ def test_the_kernel_compiled_for_hopper(heads, head_dim, dtype):
     entry = text[text.index("\nENTRY ") :]
     assert entry.count('custom_call_target="mosaic_gpu') == 1
     assert not [line for line in entry.splitlines() if " copy(" in line or " fusion(" in line]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("rows", "most"), [(128, 128), (32, 168)])
+def test_streams_share_an_sm_and_nothing_spills(monkeypatch, tmp_path, rows, most):
+    """Many rows are for two streams an SM of 256 threads: 65,536 registers. Few: one of 384."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    sharding = jax.sharding.SingleDeviceSharding(imaginary_gpus(1)[0])
+    pages, of_row = ((256, 16, 8, 128), jnp.bfloat16), ((rows,), jnp.int32)
+    shapes = (((rows, 1, 48, 128), jnp.bfloat16), pages, pages, ((rows, 64), jnp.int32), of_row, of_row)
+    arguments = [jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for shape, kind in shapes]
+    function = functools.partial(paged_attention, implementation="pallas")
+    jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+    [report] = tmp_path.glob("*.ptxas")
+    [registers] = re.findall(r"Used (\d+) registers", report.read_text())
+    [spilled] = re.findall(r"frame, (\d+) bytes spill stores", report.read_text())
+    assert int(registers) <= most and not int(spilled)
 
 
 @pytest.mark.gpu
@@ -248,10 +285,12 @@ def test_the_kernel_on_a_gpu(heads, head_dim, page_len, options, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [128, 100])
-def test_rows_of_one_length_on_a_gpu(rows):
-    """More items than streams, and fewer. Several calls, the same bits."""
-    batch = batch_of((1050,) * rows, 1, 12, 2, 64, 16, 66)
+@pytest.mark.parametrize(
+    "lengths", [(1050,) * 128, (1050,) * 100, (*[60] * 127, 9000, 1, 2000), (*[60] * 30, 9000)], ids=len
+)
+def test_many_rows_on_a_gpu(lengths):
+    """Two streams an SM and one, rows that are one item and rows that are cut. Several calls, the same bits."""
+    batch = batch_of(lengths, 1, 12, 2, 64, 16, -(-max(lengths) // 16))
     arguments = poisoned(batch, "bfloat16")
     function = jax.jit(functools.partial(paged_attention, implementation="pallas"))
     first, *others = (np.asarray(function(*arguments), np.float32) for _ in range(4))
